@@ -1,0 +1,328 @@
+"""Every option once: what a model is (read from its folder) and how an engine or a server is to run it.
+
+Owns ModelConfig, EngineConfig, ServerConfig and `resolve`, which turns "auto" into values. Knows nothing of torch, so that
+`--help` and the API process stay light. Field descriptions here are the only source of the command line's help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ConfigError", "DeviceInfo", "EngineConfig", "ModelConfig", "RopeConfig", "ServerConfig", "opt", "resolve"]
+
+
+class ConfigError(ValueError):
+    """The user's input cannot work; the message names the field or file and the mend. The CLI prints it and exits with 2."""
+
+
+def opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the one description that `--help` and the docs derive from."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding as `config.json` states it; formulas in layers/rotary.py."""
+
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: scale of cos and sin; None = 0.1 ln(factor) + 1
+    mscale: float | None = None  # yarn, DeepSeek's form
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder's shape, independent of the family's own names for it."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    max_position: int
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()  # per layer: sliding window in tokens, 0 = full attention
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    renormalize_experts: bool = True
+    moe_layers: tuple[bool, ...] = ()  # per layer: does a mixture of experts stand in for the MLP
+    dtype: str = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @staticmethod
+    def from_folder(path: str | Path) -> ModelConfig:
+        """Reads `config.json` (and `generation_config.json` for the end-of-text ids). Raises ConfigError naming the file or key."""
+        folder = Path(path)
+        raw = read_json(folder / "config.json")
+        generation = read_generation_config(folder)
+        if generation.get("eos_token_id") is not None:
+            raw = {**raw, "eos_token_id": generation["eos_token_id"]}
+        return ModelConfig.from_hf(raw, source=str(folder / "config.json"))
+
+    @staticmethod
+    def from_hf(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+        """Builds from a parsed `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
+        names = raw.get("architectures") or []
+        family = next((ARCHITECTURES[n] for n in names if n in ARCHITECTURES), None)
+        if family is None and not names and raw.get("model_type") in ARCHITECTURES.values():
+            family = raw["model_type"]
+        if family is None:
+            asked = ", ".join(names) or repr(raw.get("model_type"))
+            raise ConfigError(f"{source}: architecture {asked} is not supported; supported: {', '.join(ARCHITECTURES)}")
+
+        def need(key: str) -> Any:
+            if raw.get(key) is None:
+                raise ConfigError(f"{source}: the key '{key}' is missing")
+            return raw[key]
+
+        layers, heads = need("num_hidden_layers"), need("num_attention_heads")
+        experts = raw.get("num_experts") or raw.get("num_local_experts") or 0
+        moe = family in ("qwen3_moe", "mixtral")
+        if moe and not experts:
+            raise ConfigError(f"{source}: a {family} model needs 'num_experts' or 'num_local_experts'")
+        eos = raw.get("eos_token_id")
+        return ModelConfig(
+            family=family,
+            vocab_size=need("vocab_size"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or need("hidden_size") // heads,
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=_rope(raw, source),
+            max_position=raw.get("max_position_embeddings", 2048),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bool(raw.get("attention_bias", False)) or family == "qwen2",
+            o_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qk_norm=family in ("qwen3", "qwen3_moe"),
+            windows=_windows(raw, family, layers),
+            num_experts=experts if moe else 0,
+            experts_per_token=raw.get("num_experts_per_tok", 2) if moe else 0,
+            expert_intermediate_size=raw.get("moe_intermediate_size") or need("intermediate_size"),
+            renormalize_experts=family == "mixtral" or bool(raw.get("norm_topk_prob", False)),
+            moe_layers=_moe_layers(raw, family, layers),
+            dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            bos_token_id=raw.get("bos_token_id"),
+        )
+
+    @property
+    def state_kinds(self) -> tuple[int, ...]:
+        """The distinct kinds of KV state, as windows (0 = full), full first. Every layer belongs to exactly one."""
+        return tuple(sorted(set(self.windows)))
+
+    def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Bytes that one token's keys and values take over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, counted from the shape (all experts, tied embeddings once)."""
+        h, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = h * (q + 2 * kv) + q * h + (q + 2 * kv if self.qkv_bias else 0) + (h if self.o_bias else 0)
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        dense = 3 * h * self.intermediate_size + ((2 * self.intermediate_size + h) if self.mlp_bias else 0)
+        sparse = self.num_experts * (3 * h * self.expert_intermediate_size + h)
+        mlps = sum(sparse if m else dense for m in self.moe_layers)
+        return self.num_layers * (attention + 2 * h) + mlps + h + self.vocab_size * h * (1 if self.tie_embeddings else 2)
+
+
+def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
+    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        raise ConfigError(f"{source}: rope type '{kind}' is not supported; supported: default, linear, dynamic, llama3, yarn")
+    keys = {f.name for f in dataclasses.fields(RopeConfig)}
+    values = {k: v for k, v in scaling.items() if k in keys and v is not None}
+    original = scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    return RopeConfig(kind=kind, theta=float(theta), original_max_position=original, **values)
+
+
+def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
+    """Per-layer sliding windows: Mistral and Mixtral use one everywhere, Qwen from `max_window_layers` on, if switched on."""
+    window = raw.get("sliding_window") or 0
+    kinds = raw.get("layer_types")
+    if kinds and family not in ("mistral", "mixtral", "llama"):
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    if family in ("mistral", "mixtral"):
+        return (window,) * layers
+    if family in ("qwen2", "qwen3", "qwen3_moe") and raw.get("use_sliding_window", False):
+        first = raw.get("max_window_layers", layers) if family != "qwen3_moe" else 0
+        return tuple(window if i >= first else 0 for i in range(layers))
+    return (0,) * layers
+
+
+def _moe_layers(raw: dict[str, Any], family: str, layers: int) -> tuple[bool, ...]:
+    if family == "mixtral":
+        return (True,) * layers
+    if family != "qwen3_moe":
+        return (False,) * layers
+    dense, every = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step", 1)
+    return tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ConfigError with the path if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """`generation_config.json` of a checkpoint, {} where there is none."""
+    path = Path(folder) / "generation_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+# -------------------------------------------------------------------------------------------------------- engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How to run a model. Names follow vLLM's where vLLM has the option. None and "auto" are turned into values by `resolve`."""
+
+    model: str = opt("bundled", "checkpoint folder, hub name, or 'bundled' for the model inside the package")
+    tokenizer: str | None = opt(None, "folder or hub name of the tokenizer, if not the model's own")
+    skip_tokenizer_init: bool = opt(False, "load no tokenizer: prompts are token ids, results carry no text")
+    revision: str | None = opt(None, "branch, tag or commit of a hub name")
+    dtype: str = opt("auto", "precision of weights and activations", ("auto", "bfloat16", "float16", "float32"))
+    device: str = opt("auto", "auto takes a GPU where there is one", ("auto", "cuda", "cpu"))
+    load_format: str = opt("auto", "dummy makes random weights from config.json alone", ("auto", "dummy"))
+    seed: int = opt(0, "seed of dummy weights and of requests that bring none")
+    max_model_len: int | None = opt(None, "longest prompt plus output, in tokens (the model's own limit if not given)")
+    max_num_seqs: int | None = opt(None, "requests running at once (GPU 256, CPU 64)")
+    max_num_batched_tokens: int | None = opt(None, "token budget of a step; longer prompts are computed in chunks (GPU 8192, CPU 512)")
+    page_size: int | None = opt(None, "tokens in a KV page (GPU 64, CPU 16)")
+    num_pages: int | None = opt(None, "KV pages; by default as many as fit in the memory granted")
+    gpu_memory_utilization: float = opt(0.9, "share of a GPU's memory for weights, KV pages and workspace")
+    cpu_kv_gib: float = opt(2.0, "memory for KV pages on the CPU, GiB (fewer are made if max_num_seqs full contexts need less)")
+    enable_prefix_caching: bool = opt(True, "reuse the KV pages of equal prompt prefixes")
+    enforce_eager: bool = opt(False, "capture no CUDA graphs")
+    overlap: int | None = opt(None, "steps in flight while results are read: 0 or 1 (GPU 1, CPU 0)")
+    kernels: str = opt("auto", "implementation of the operations", ("auto", "reference", "triton", "cpu"))
+    num_threads: int | None = opt(None, "CPU threads of the engine (all cores)")
+    disable_log_stats: bool = opt(False, "do not log throughput every ten seconds")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise ConfigError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name}: must be a positive integer, got {value!r}")
+        if self.overlap not in (None, 0, 1):
+            raise ConfigError(f"overlap: must be 0 or 1, got {self.overlap!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.cpu_kv_gib <= 0:
+            raise ConfigError(f"cpu_kv_gib: must be positive, got {self.cpu_kv_gib}")
+        if self.page_size is not None and self.page_size & (self.page_size - 1):
+            raise ConfigError(f"page_size: must be a power of two, got {self.page_size}")
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What `resolve` must know of the machine; made by engine/runner.py, or by a test."""
+
+    kind: str  # "cuda" | "cpu"
+    cores: int
+
+
+def resolve(config: EngineConfig, model: ModelConfig, device: DeviceInfo) -> EngineConfig:
+    """Every "auto" and None turned into a value but `num_pages`, which needs the memory left after the weights.
+
+    Raises ConfigError for a combination that cannot run."""
+    gpu = device.kind == "cuda"
+    if config.device == "cuda" and not gpu:
+        raise ConfigError("device: cuda was asked for, but torch sees no GPU here; use --device cpu")
+    if config.kernels == "triton" and not gpu:
+        raise ConfigError("kernels: triton needs a GPU; use --kernels auto")
+    if config.kernels == "cpu" and gpu:
+        raise ConfigError("kernels: cpu was asked for on a GPU; use --device cpu or --kernels auto")
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    limit = config.max_model_len or model.max_position
+    stretched = model.max_position
+    if model.rope.kind in ("linear", "dynamic", "yarn", "llama3") and model.rope.original_max_position:
+        stretched = max(stretched, int(model.rope.factor * model.rope.original_max_position))
+    if limit > stretched:
+        raise ConfigError(f"max_model_len: {limit} is more than the {stretched} positions the model was made for")
+    budget = config.max_num_batched_tokens or (8192 if gpu else 512)
+    seqs = config.max_num_seqs or (256 if gpu else 64)
+    if budget < seqs:
+        raise ConfigError(f"max_num_batched_tokens: {budget} cannot hold one token for each of max_num_seqs={seqs} requests")
+    return dataclasses.replace(
+        config,
+        device=device.kind,
+        dtype=dtype,
+        max_model_len=limit,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        page_size=config.page_size or (64 if gpu else 16),
+        overlap=config.overlap if config.overlap is not None else int(gpu),
+        num_threads=config.num_threads or device.cores,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- server
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where and how the API listens."""
+
+    host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = opt(8000, "port to listen on")
+    served_model_name: str | None = opt(None, "model name in the API (the folder's or hub name if not given)")
+    api_key: str | None = opt(None, "clients must send this as a bearer token")
+    chat_template: str | None = opt(None, "file with a jinja chat template, instead of the checkpoint's")
+    max_waiting: int = opt(2048, "requests accepted but unfinished; above it a request gets 429")
+    max_body_mib: int = opt(16, "largest request body, MiB; above it a request gets 413")
+    log_level: str = opt("info", "how much is logged", ("debug", "info", "warning", "error"))

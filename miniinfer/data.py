@@ -1,0 +1,274 @@
+"""The plain data that parts hand to one another: sampling parameters, a request's life, step plans and results, wire messages, outputs.
+
+Owns types only: no torch, no input or output, no policy. Wire messages are msgspec structs in one tagged union each way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+# ---------------------------------------------------------------------------------------------- sampling parameters
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_IDS = 64
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How to continue a prompt. Names and defaults are vLLM's. Raises ValueError, naming the field, on a bad value.
+
+    A request's tokens are a pure function of (logits, seed, position); without `seed` the engine draws one."""
+
+    n: int = 1  # samples per prompt; they share the prompt's pages
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 or -1 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output tokens
+    presence_penalty: float = 0.0  # over output tokens
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16  # None = up to the context limit
+    min_tokens: int = 0  # no end-of-text or stop token before this many
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None  # alternatives per output token; 0 = the sampled token's only
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)!r}")
+
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        check(1 <= self.n <= 128, "n", "from 1 to 128")
+        check(0 <= self.temperature <= 100, "temperature", "from 0 to 100")  # NaN fails every comparison
+        check(self.top_k >= -1, "top_k", "-1, 0 (both off) or positive")
+        check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        check(0 < self.repetition_penalty <= 100, "repetition_penalty", "in (0, 100]")
+        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
+        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(self.min_tokens >= 0, "min_tokens", "at least 0")
+        check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
+        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"from 0 to {MAX_LOGPROBS}")
+        check(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS, "prompt_logprobs", f"from 0 to {MAX_LOGPROBS}")
+        check(len(self.stop_token_ids or ()) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
+        check(all(self.stop or []), "stop", "non-empty strings")
+        if self.logit_bias:
+            check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
+            check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
+
+
+# ------------------------------------------------------------------------------------------------- a request's life
+
+
+class Status(Enum):
+    WAITING = "waiting"  # holds no row and no pages
+    RUNNING = "running"  # has a row; computed moves towards total
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence from admission to its end. There is no prefill or decode phase: a step moves `computed` towards `total`.
+
+    `tokens` holds the prompt and every sampled token whose value the host knows; `in_flight` counts tokens that launched steps will
+    append, so total = len(tokens) + in_flight. `computed` is advanced when a step is planned, not when its result arrives."""
+
+    id: str
+    prompt_len: int
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    max_total: int  # prompt plus output may not exceed this
+    stop_ids: frozenset[int]  # end-of-text and stop token ids that end this request
+    key: tuple[float, int]  # admission order, lowest first: see scheduler.py
+    namespace: str = ""  # prefix-cache namespace: requests share pages only within one
+    leader: Request | None = None  # the sibling (n > 1) whose prompt pages this one waits for
+    status: Status = Status.WAITING
+    row: int = -1
+    computed: int = 0
+    in_flight: int = 0
+    cached_tokens: int = 0  # of the first admission's prompt, found in the cache
+    preemptions: int = 0
+    pages: Any = None  # cache/manager.py's record of the pages held
+
+    @property
+    def total(self) -> int:
+        return len(self.tokens) + self.in_flight
+
+
+# -------------------------------------------------------------------------------------------------- plans and results
+
+
+class RowInit(msgspec.Struct, array_like=True):
+    """A request gets a device row: everything the device must know of it from now on."""
+
+    row: int
+    tokens: list[int]
+    prompt_len: int
+    seed: int
+    params: SamplingParams
+    stop_ids: list[int]
+
+
+class StepPlan(msgspec.Struct, array_like=True):
+    """What one step does, in ints only: every rank executes the same. Parallel lists, one entry per batch row.
+
+    Order on the device: copies, row inits, page entries, forward, sampling."""
+
+    step: int
+    rows: list[int]  # device row of each batch entry
+    starts: list[int]  # first position computed
+    counts: list[int]  # tokens computed, from `starts` on
+    samples: list[bool]  # does the last computed token yield a new one
+    inits: list[RowInit]
+    page_entries: list[tuple[int, int, int, int]]  # (kind, row, index in the row's page table, page)
+    copies: list[tuple[int, int, int]]  # (kind, source page, destination page)
+    logprobs: int = -1  # most alternatives any row asks for; -1 = none wanted
+    prompt_logprobs: list[int] = []  # batch entries whose prompt positions want logprobs
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position: the token itself first, then the most likely ones."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]  # 1 = most likely
+
+
+class StepResult(msgspec.Struct, array_like=True):
+    """What a step produced, aligned with the plan's rows; an entry that did not sample has an empty list."""
+
+    step: int
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs]] | None = None
+    prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # batch entry -> one per position computed (the token at position + 1)
+
+
+# -------------------------------------------------------------------------------------------------------- messages
+
+
+class Add(msgspec.Struct, tag=True, array_like=True):
+    """To the engine: start a sequence. Siblings of one request (n > 1) carry the same `group`."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    priority: int = 0
+    group: str | None = None
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, tag=True, array_like=True):
+    """To the engine: forget these sequences at once; unknown ids are ignored."""
+
+    ids: list[str]
+
+
+class Control(msgspec.Struct, tag=True, array_like=True):
+    """To the engine: a command outside the request flow ("stats", "reset_prefix_cache", "check", "shutdown"); answered by Reply."""
+
+    id: int
+    command: str
+
+
+class SequenceUpdate(msgspec.Struct, array_like=True):
+    """New tokens of one sequence, and how it ended if it did ("stop", "length", "abort" or "error")."""
+
+    id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the stop token's id or the stop string
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # whole, with the first update that has them
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+class Updates(msgspec.Struct, tag=True, array_like=True):
+    """From the engine: one step's updates and the engine's state after it."""
+
+    updates: list[SequenceUpdate]
+    stats: dict[str, float]
+
+
+class Ready(msgspec.Struct, tag=True, array_like=True):
+    """From the engine: it accepts work; what it turned out to be."""
+
+    info: dict[str, Any]
+
+
+class Failed(msgspec.Struct, tag=True, array_like=True):
+    """From the engine: it could not start or has died; `user_error` if the mend is the user's."""
+
+    error: str
+    user_error: bool = False
+
+
+class Reply(msgspec.Struct, tag=True, array_like=True):
+    """From the engine: the answer to a Control."""
+
+    id: int
+    value: Any
+    error: str | None = None
+
+
+ToEngine = Add | Abort | Control
+FromEngine = Updates | Ready | Failed | Reply
+
+
+# --------------------------------------------------------------------------------------------------------- outputs
+
+
+@dataclass(slots=True)
+class Logprob:
+    """One token's log-probability at one position, as vLLM's offline API shows it."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a request's n continuations. `text` is "" without a tokenizer."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request as seen by its caller: the prompt and what came of it so far."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = field(default=None)

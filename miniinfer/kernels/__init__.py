@@ -1,0 +1,68 @@
+"""The op table: every operation of the engine by name, and which implementation of it runs.
+
+`reference` defines each op in plain torch; `triton` and `cpu` overlay some of the same names. A model reaches ops only through the
+table it is handed (`batch.ops`), so a test or a trainer can force one. An implementation asked for by name that cannot load raises;
+only "auto" falls back, and logs what it chose and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+from miniinfer.kernels import reference
+from miniinfer.utils import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations, each documented at its definition in reference.py."""
+
+    name: str
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    rope_qkv: Callable[..., Any]
+    rope_qkv_cache: Callable[..., Any]
+    attention: Callable[..., Any]
+    paged_attention: Callable[..., Any]
+    silu_mul: Callable[..., Any]
+    moe: Callable[..., Any]
+    sample: Callable[..., Any]
+    apply_penalties: Callable[..., Any]
+    step_inputs: Callable[..., Any]
+    copy_pages: Callable[..., Any]
+
+    @staticmethod
+    def overlay(name: str, *modules: ModuleType) -> Ops:
+        """The reference ops, replaced by those of the same name that a module defines; later modules win."""
+        table = {}
+        for f in fields(Ops):
+            if f.name != "name":
+                table[f.name] = next((getattr(m, f.name) for m in reversed(modules) if hasattr(m, f.name)), getattr(reference, f.name))
+        return Ops(name=name, **table)
+
+
+REFERENCE = Ops.overlay("reference")
+
+
+def select(kernels: str, device: str) -> Ops:
+    """The op table for `EngineConfig.kernels` on a device ("cuda" or "cpu"). Raises RuntimeError if a named one cannot load."""
+    if kernels == "reference":
+        return REFERENCE
+    wanted = kernels if kernels != "auto" else ("triton" if device == "cuda" else "cpu")
+    try:
+        if wanted == "triton":
+            from miniinfer.kernels import triton as module
+        else:
+            from miniinfer.kernels import cpu as module  # type: ignore[no-redef]
+        module.load()
+    except Exception as e:  # a missing compiler or package: anything may be the reason
+        if kernels != "auto":
+            raise RuntimeError(f"kernels: {kernels} cannot be used here: {e}") from e
+        log.warning("%s kernels cannot be used here (%s): plain torch instead, slower", wanted, e)
+        return REFERENCE
+    return Ops.overlay(wanted, module)
