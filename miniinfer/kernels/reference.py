@@ -161,12 +161,12 @@ def uniform(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     """Counter-based uniform numbers in (0, 1): entry [b, v] is a pure function of (seeds[b], positions[b], v).
 
     seeds [B] int64, positions [B] int32. With 32-bit lanes: key = mix(mix(mix(low) ^ high) ^ position), bits = mix(mix(v * 0x9E3779B1 ^ key) + key),
-    u = (bits >> 8 + 0.5) / 2^24. Returns [B, size] fp32."""
+    u = ((bits >> 9) + 0.5) / 2^23: 23 bits, because with 24 the largest rounds to 1 in fp32 and its noise is infinite. Returns [B, size] fp32."""
     low, high = seeds & _MASK, (seeds >> 32) & _MASK
     key = _mix(_mix(_mix(low) ^ high) ^ positions.long()).unsqueeze(1)
     lane = torch.arange(size, device=seeds.device, dtype=torch.int64) * 0x9E3779B1 & _MASK
     bits = _mix((_mix(lane ^ key) + key) & _MASK)
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def sample(
