@@ -1,0 +1,27 @@
+"""The public names, loaded when first used: importing the package itself imports neither torch nor anything else of ours."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from miniinfer.data import CompletionOutput, RequestOutput, SamplingParams
+    from miniinfer.engine.client import AsyncEngine
+    from miniinfer.engine.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "miniinfer.engine.llm",
+    "AsyncEngine": "miniinfer.engine.client",
+    "SamplingParams": "miniinfer.data",
+    "RequestOutput": "miniinfer.data",
+    "CompletionOutput": "miniinfer.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'miniinfer' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
