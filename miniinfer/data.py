@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -21,28 +21,29 @@ MAX_STOP_IDS = 64
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How to continue a prompt. Names and defaults are vLLM's. Raises ValueError, naming the field, on a bad value.
 
-    A request's tokens are a pure function of (logits, seed, position); without `seed` the engine draws one."""
+    A request's tokens are a pure function of (logits, seed, position); without `seed` the engine draws one. A field's annotation carries the
+    one description that `--help` derives from."""
 
-    n: int = 1  # samples per prompt; they share the prompt's pages
-    temperature: float = 1.0  # 0 = greedy
-    top_k: int = 0  # 0 or -1 = off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output tokens
-    presence_penalty: float = 0.0  # over output tokens
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    max_tokens: int | None = 16  # None = up to the context limit
-    min_tokens: int = 0  # no end-of-text or stop token before this many
-    stop: list[str] | str | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    logprobs: int | None = None  # alternatives per output token; 0 = the sampled token's only
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    detokenize: bool = True
+    n: Annotated[int, "samples per prompt; they share the prompt's pages"] = 1
+    temperature: Annotated[float, "randomness of the choice; 0 = greedy"] = 1.0
+    top_k: Annotated[int, "choose among this many likeliest tokens; 0 or -1 = off"] = 0
+    top_p: Annotated[float, "choose among the likeliest tokens that hold this much probability"] = 1.0
+    min_p: Annotated[float, "drop tokens below this share of the likeliest one's probability"] = 0.0
+    repetition_penalty: Annotated[float, "divides the scores of tokens in prompt and output; 1 = off"] = 1.0
+    presence_penalty: Annotated[float, "subtracted once from tokens in the output"] = 0.0
+    frequency_penalty: Annotated[float, "subtracted from tokens in the output, per occurrence"] = 0.0
+    logit_bias: Annotated[dict[int, float] | None, "added to the scores of these token ids"] = None
+    seed: Annotated[int | None, "makes the tokens repeat exactly"] = None
+    max_tokens: Annotated[int | None, "longest output; None = up to the context limit"] = 16
+    min_tokens: Annotated[int, "no end-of-text or stop token before this many"] = 0
+    stop: Annotated[list[str] | str | None, "text that ends the output"] = None
+    stop_token_ids: Annotated[list[int] | None, "token ids that end the output"] = None
+    ignore_eos: Annotated[bool, "do not stop at the end-of-text token"] = False
+    include_stop_str_in_output: Annotated[bool, "keep the stop text in the output"] = False
+    logprobs: Annotated[int | None, "alternatives per output token; 0 = the sampled token's only"] = None
+    prompt_logprobs: Annotated[int | None, "alternatives per prompt token"] = None
+    skip_special_tokens: Annotated[bool, "leave special tokens out of the text"] = True
+    detokenize: Annotated[bool, "turn tokens into text"] = True
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
