@@ -1,0 +1,50 @@
+"""The linear layer, fused or not. Owns its parameters and their layout; how a product is computed beyond F.linear is for a packer or quant/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miniinfer.layers.layout import Layer, Layout, Part, Place
+
+Packer = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
+
+
+class Linear(Layer):
+    """y = x W^T + b with weight [out, in]. `parts` names the checkpoint modules that are stacked along `out` and their rows, in order,
+    as in {"...q_proj": 512, "...k_proj": 128, "...v_proj": 128}. `shard_axis`: 0 splits the outputs over ranks, 1 the inputs."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: dict[str, int], in_features: int, place: Place, *, bias: bool = False, shard_axis: int | None = None):
+        super().__init__()
+        rows = sum(parts.values())
+        self.declare("weight", (rows, in_features), Layout(_stack(parts, "weight"), shard_axis), place)
+        if bias:  # split with the outputs; where the inputs are split every rank has all of it
+            self.declare("bias", (rows,), Layout(_stack(parts, "bias"), 0 if shard_axis == 0 else None), place)
+        else:
+            self.bias = None
+        self._packed: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in x's dtype."""
+        return self._packed(x) if self._packed is not None else F.linear(x, self.weight, self.bias)
+
+    def pack(self, pack_linear: Packer) -> None:
+        """Hands the weight over to `pack_linear(weight, bias) -> (x -> y)` and computes with that from now on.
+
+        The plain weight is let go (a shape without storage stays), so that the memory is not paid twice. For serving only: packed weights
+        can neither be trained nor saved nor loaded into."""
+        self._packed = pack_linear(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+
+def _stack(parts: dict[str, int], kind: str) -> tuple[Part, ...]:
+    result, offset = [], 0
+    for name, rows in parts.items():
+        result.append(Part(f"{name}.{kind}", offset, rows))
+        offset += rows
+    return tuple(result)

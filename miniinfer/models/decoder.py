@@ -1,0 +1,76 @@
+"""The decoder-only transformer: one skeleton for every family. A family's file builds the block, its only difference.
+
+Owns the forward pass and the head. Knows nothing of requests, files or devices other than where its parameters lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from miniinfer.batch import Batch
+from miniinfer.config import ModelConfig
+from miniinfer.layers.attention import Attention
+from miniinfer.layers.embedding import Embedding
+from miniinfer.layers.layout import Layer, Place
+from miniinfer.layers.linear import Linear, Packer
+from miniinfer.layers.mlp import GatedMLP, SparseMLP
+from miniinfer.layers.norm import RMSNorm
+from miniinfer.layers.rotary import cos_sin_table
+
+
+class Block(Layer):
+    """Pre-norm attention, then pre-norm MLP. The residual travels beside the activations so that each norm adds and normalises at once."""
+
+    def __init__(self, name: str, config: ModelConfig, place: Place, attention: Attention, mlp: GatedMLP | SparseMLP):
+        super().__init__()
+        self.input_norm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps, place)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps, place)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(this block's last addend, the sum before it), each [T, hidden]."""
+        x, residual = self.input_norm(x, residual, batch.ops)
+        x = self.attention(x, batch, cos_sin)
+        x, residual = self.mlp_norm(x, residual, batch.ops)
+        return self.mlp(x, batch.ops), residual
+
+
+MakeBlock = Callable[[str, ModelConfig, int, Place], Block]  # (checkpoint name, config, layer index, place)
+
+
+class Decoder(Layer):
+    """Token ids to hidden states, and hidden states to logits. `max_len` is the number of positions that the rotary table covers."""
+
+    cos_sin: Tensor
+
+    def __init__(self, config: ModelConfig, make_block: MakeBlock, place: Place, max_len: int):
+        super().__init__()
+        self.config = config
+        tied = config.tie_embeddings
+        self.embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, place, also="lm_head" if tied else None)
+        self.layers = nn.ModuleList(make_block(f"model.layers.{i}", config, i, place) for i in range(config.num_layers))
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps, place)
+        self.head = Linear({"lm_head": config.vocab_size}, config.hidden_size, place.on_meta() if tied else place, shard_axis=0)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("cos_sin", cos_sin_table(config.rope, config.head_dim, max_len, place.device), persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [T, hidden] after the final norm, in the parameters' dtype. Without caches this is differentiable (reference ops)."""
+        x, residual = self.embed(batch.ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch, self.cos_sin)
+        return self.norm(x, residual, batch.ops)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> fp32 [n, vocab]: the product in the parameters' dtype, its result widened."""
+        return self.head(hidden).float()
+
+    def pack(self, pack_linear: Packer) -> None:
+        """Packs every linear layer, the head included (a tied embedding keeps its table besides). See Linear.pack."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(pack_linear)

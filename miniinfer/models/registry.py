@@ -1,0 +1,31 @@
+"""From a ModelConfig to a model: which family builds which block."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from miniinfer.config import ModelConfig
+from miniinfer.layers.layout import Place
+from miniinfer.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from miniinfer.models.decoder import Decoder, MakeBlock
+
+BLOCKS: dict[str, MakeBlock] = {
+    "llama": llama.block,
+    "mistral": mistral.block,
+    "qwen2": qwen2.block,
+    "qwen3": qwen3.block,
+    "qwen3_moe": qwen3_moe.block,
+    "mixtral": mixtral.block,
+}
+
+
+def build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None) -> Decoder:
+    """A model with uninitialised parameters straight on the device ("meta": shapes only). `max_len`: positions it is to serve, by
+    default the model's own limit. Fill it with models/weights.py."""
+    return Decoder(config, BLOCKS[config.family], Place(dtype, torch.device(device)), max_len or config.max_position)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, a shared one once. Packed weights count as their plain form."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

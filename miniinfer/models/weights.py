@@ -1,0 +1,174 @@
+"""Checkpoints to parameters and back: one loader, one exporter and one random init over the layouts that layers declare.
+
+Owns file names, shards and the checking of tensors. Which tensors there are, and what they are called, the layers say (layers/layout.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from miniinfer.config import ConfigError, read_json
+from miniinfer.layers.layout import Layout, Part, layouts
+
+Progress = Callable[[int, int], None]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+_DERIVED = ".rotary_emb.inv_freq"  # old checkpoints carry it; config.json says the same
+
+
+def load(model: nn.Module, folder: str | Path, progress: Progress | None = None) -> None:
+    """Fills every parameter from the folder's safetensors, cast to the parameter's dtype, one tensor at a time.
+
+    `progress(done, total)` is called with bytes of parameters filled. Raises ConfigError naming the missing, unknown and misshapen
+    tensors, before any is read."""
+    files = _files(Path(folder))
+    headers = {path: _header(path) for path in files}
+    found = {name: entry for header in headers.values() for name, entry in header.items()}
+    targets = _targets(model, found, str(folder))
+    total, done = sum(view.numel() * view.element_size() for view in targets.values()), 0
+    for path, header in headers.items():
+        with safe_open(path, framework="pt") as file:
+            for name in header:
+                if name in targets:
+                    target = targets[name]
+                    with torch.no_grad():
+                        target.copy_(file.get_tensor(name))
+                    done += target.numel() * target.element_size()
+                    if progress:
+                        progress(done, total)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / _INDEX).exists():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{folder / _INDEX}: 'weight_map' names no shards")
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if not (folder / name).exists()]:
+            raise ConfigError(f"{folder / _INDEX}: {len(absent)} of {len(names)} shards are not there: {_few(absent)}")
+        return [folder / name for name in names]
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    hint = "; it has .bin files: convert them to safetensors" if any(folder.glob("*.bin")) else ""
+    raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}{hint} (--load-format dummy needs none)")
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and precision of every tensor of a file, without reading them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except SafetensorError as e:
+        raise ConfigError(f"{path}: not a whole safetensors file ({e}); download it again") from None
+
+
+def _targets(model: nn.Module, found: dict[str, tuple[tuple[int, ...], str]], source: str) -> dict[str, Tensor]:
+    """Which region of which parameter each tensor fills; ConfigError unless they match one to one."""
+    targets: dict[str, Tensor] = {}
+    known: set[str] = set()
+    missing: list[str] = []
+    for name, param, layout in layouts(model):
+        if param.is_meta:
+            raise ValueError(f"{name} has no storage (packed, or built on meta): weights cannot be loaded into it")
+        parts = _present(layout, found)
+        known.update(part.name for choice in (layout.parts, *layout.alternatives) for part in choice)
+        missing += [part.name for part in parts if part.name not in found]
+        targets.update({part.name: part.view(param) for part in parts})
+    wrong = [
+        f"{name} is {found[name][1]} {list(found[name][0])}, expected {list(view.shape)} in {', '.join(_DTYPES)}"
+        for name, view in targets.items()
+        if name in found and (found[name][0] != tuple(view.shape) or found[name][1] not in _DTYPES)
+    ]
+    extra = [name for name in found if name not in known and not name.endswith(_DERIVED)]
+    problems = [f"{len(names)} {what}: {_few(names)}" for what, names in (("missing", missing), ("unknown", extra), ("unfit", wrong)) if names]
+    if problems:
+        raise ConfigError(f"{source}: the tensors do not fit the model that config.json describes; {'; '.join(problems)}")
+    return targets
+
+
+def _present(layout: Layout, found: dict[str, tuple[tuple[int, ...], str]]) -> tuple[Part, ...]:
+    """The set of parts that the checkpoint holds: the first of which it has any tensor."""
+    choices = (layout.parts, *layout.alternatives)
+    return next((parts for parts in choices if any(part.name in found for part in parts)), layout.parts)
+
+
+def _few(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def save(model: nn.Module, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes every parameter under its checkpoint names, in its own precision: one file, or shards of at most `shard_bytes` and their index.
+
+    transformers reads it too, given a config.json (not written here). Replaces weights that the folder has."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(model, shard_bytes)
+    if len(shards) == 1:
+        _write(shards[0], folder / _SINGLE)
+        (folder / _INDEX).unlink(missing_ok=True)  # else it would be read in place of the new file
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write(shard, folder / name)
+        weight_map.update(dict.fromkeys(shard, name))
+    size = sum(view.numel() * view.element_size() for shard in shards for view in shard.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    (folder / _SINGLE).unlink(missing_ok=True)
+
+
+def _shards(model: nn.Module, shard_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, param, layout in layouts(model):
+        if param.is_meta:
+            raise ValueError(f"{name} has no storage (packed, or built on meta): it cannot be saved")
+        for part in layout.parts:
+            view = part.view(param.detach())
+            size += view.numel() * view.element_size()
+            if shards[-1] and size > shard_bytes:
+                shards.append({})
+                size = view.numel() * view.element_size()
+            shards[-1][part.name] = view
+    return shards
+
+
+def _write(shard: dict[str, Tensor], path: Path) -> None:
+    """Copies first: parts of a fused parameter share memory, which the format's writer refuses."""
+    save_file({name: view.to("cpu", copy=True) for name, view in shard.items()}, path, metadata={"format": "pt"})
+
+
+_BLOCK = 2**24 - 3  # a prime, so that no row of a matrix repeats another
+
+
+def init_dummy(model: nn.Module, seed: int) -> None:
+    """Random weights straight on the parameters' device: norms 1, all else normal with deviation 0.02, so that activations stay finite.
+
+    The values come from one block of 16.8 million, read round and round: a small model's are all independent, and a large one is filled
+    at the speed of memory. Equal for equal seeds on one kind of device."""
+    everything = [(param, layout) for _, param, layout in layouts(model)]
+    first = everything[0][0]
+    size = min(_BLOCK, sum(param.numel() for param, _ in everything))
+    generator = torch.Generator(first.device).manual_seed(seed)
+    block = torch.empty(size, dtype=torch.float32, device=first.device).normal_(0, 0.02, generator=generator).to(first.dtype)
+    cursor = 0
+    for param, layout in everything:
+        flat = param.detach().view(-1)
+        if layout.ones:
+            flat.fill_(1)
+            continue
+        done = 0
+        while done < flat.numel():
+            count = min(flat.numel() - done, size - cursor)
+            flat[done : done + count] = block[cursor : cursor + count]
+            done, cursor = done + count, (cursor + count) % size
