@@ -1,0 +1,172 @@
+"""EngineCore: the loop. `step()` plans the next step, launches it, and applies the results of the one before.
+
+Owns the order of those three and start-up; the scheduler decides, the runner executes. With overlap 1 a step runs on the device while the host
+applies the previous one's results; with 0 every step is applied at once. Both give the same tokens. Time and the runner are arguments,
+so that tests and simulations can replace them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniinfer import kernels
+from miniinfer.cache.manager import CacheManager
+from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
+from miniinfer.data import Add, SequenceUpdate
+from miniinfer.engine.runner import GIB, Pending, Runner, synchronize
+from miniinfer.engine.scheduler import Scheduler
+from miniinfer.models import registry, weights
+from miniinfer.models.decoder import Decoder
+from miniinfer.models.hub import resolve_folder
+from miniinfer.utils import get_logger
+
+log = get_logger(__name__)
+
+
+class EngineCore:
+    """One model on one device, serving requests given as token ids."""
+
+    def __init__(
+        self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        begin = time.perf_counter()
+        self.clock = clock
+        folder = resolve_folder(config.model, config.revision)
+        shape = ModelConfig.from_folder(folder)
+        device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.config = config = resolve(config, shape, DeviceInfo(device.type, len(_cores())))
+        if device.type == "cpu":
+            torch.set_num_threads(config.num_threads or 1)
+        ops = kernels.select(config.kernels, device.type)
+        self.model = load_model(folder, shape, config, ops, device, progress)
+        loaded = synchronize(device)
+        self.runner = Runner(config, self.model, ops, device)
+        assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
+        self.cache = CacheManager(shape.state_kinds, self.runner.num_pages, config.page_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            eos_token_ids=shape.eos_token_ids,
+            seed=config.seed,
+        )
+        self.pending: Pending | None = None
+        self.steps = 0
+        done = synchronize(device)
+        self.info = self._describe(folder, shape, ops.name, done - begin)
+        log.info(
+            "%s: %.2f G parameters in %s on %s, %s kernels; %d KV pages of %d tokens; ready in %.1f s (weights %.1f s)",
+            shape.family, shape.num_parameters / 1e9, config.dtype, device.type, ops.name, self.runner.num_pages[0], config.page_size,
+            done - begin, loaded - begin,
+        )  # fmt: skip
+
+    def _describe(self, folder: Path, shape: ModelConfig, ops: str, seconds: float) -> dict[str, Any]:
+        config = self.config
+        return {
+            "model": config.model,
+            "folder": str(folder),
+            "family": shape.family,
+            "vocab_size": shape.vocab_size,
+            "num_parameters": shape.num_parameters,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "eos_token_ids": list(shape.eos_token_ids),
+            "dtype": config.dtype,
+            "device": config.device,
+            "kernels": ops,
+            "page_size": config.page_size,
+            "num_pages": list(self.runner.num_pages),
+            "startup_seconds": round(seconds, 3),
+        }
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    def add(self, message: Add) -> list[SequenceUpdate]:
+        """Takes in a sequence; one that can never run comes back at once as an update with finish_reason "error"."""
+        refused = self.scheduler.add(message, self.clock())
+        return [refused] if refused else []
+
+    def abort(self, ids: list[str]) -> list[SequenceUpdate]:
+        """Ends sequences at once, whatever their state; their pages are free when this returns."""
+        return self.scheduler.abort(ids)
+
+    @property
+    def has_work(self) -> bool:
+        return self.pending is not None or self.scheduler.has_work
+
+    # ---------------------------------------------------------------------------------------------------------- loop
+
+    def step(self) -> list[SequenceUpdate]:
+        """One turn: plan and launch the next step, then apply the results that are due."""
+        pending, self.pending = self.pending, None
+        plan = self.scheduler.schedule(self.clock())
+        if plan is not None:
+            self.pending = self.runner.launch(plan)
+            self.steps += 1
+        updates = self._apply(pending) if pending is not None else []
+        if self.config.overlap == 0 and self.pending is not None:
+            updates += self._apply(self.pending)
+            self.pending = None
+        return updates
+
+    def _apply(self, pending: Pending) -> list[SequenceUpdate]:
+        return self.scheduler.apply(pending.plan, pending.result())
+
+    # ------------------------------------------------------------------------------------------------------- control
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges, for logs and metrics."""
+        return {**self.scheduler.stats(), "steps": float(self.steps)}
+
+    def control(self, command: str) -> Any:
+        """Commands outside the request flow; ValueError for one that does not exist."""
+        if command == "stats":
+            return self.stats()
+        if command == "check":
+            self.scheduler.check()
+            return True
+        if command == "reset_prefix_cache":
+            self.cache.reset()
+            return True
+        raise ValueError(f"unknown command {command!r}; known: stats, check, reset_prefix_cache")
+
+    def shutdown(self) -> None:
+        """Waits for the step in flight; the memory goes with the object."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+def load_model(
+    folder: Path, shape: ModelConfig, config: EngineConfig, ops: kernels.Ops, device: torch.device, progress: Callable[[int, int], None] | None
+) -> Decoder:
+    """The model with its weights on the device. ConfigError if it cannot fit or a tensor is missing, extra or misshapen."""
+    dtype = getattr(torch, config.dtype)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = shape.num_parameters * dtype.itemsize
+        if needed > free:
+            raise ConfigError(f"model: {config.model} needs {needed / GIB:.1f} GiB for its weights, but the GPU has {free / GIB:.1f} GiB free")
+    model = registry.build(shape, dtype, device, config.max_model_len)
+    if config.load_format == "dummy":
+        weights.init_dummy(model, config.seed)
+    else:
+        weights.load(model, folder, progress)
+    model.eval().requires_grad_(False)
+    if ops.name == "cpu":
+        from miniinfer.kernels.cpu import pack_linear
+
+        model.pack(pack_linear)
+    return model
+
+
+def _cores() -> set[int]:
+    import os
+
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

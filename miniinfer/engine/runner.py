@@ -1,0 +1,227 @@
+"""Runner: turns step plans into tokens on one device.
+
+Owns the model, the KV caches, the device rows and the fixed buffers of a forward pass. Executes a StepPlan to the letter and knows nothing
+of requests, queues or the prefix tree. `launch` returns before a GPU is done; `Pending.result` waits.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miniinfer.batch import Batch, StateView
+from miniinfer.config import ConfigError, EngineConfig, ModelConfig
+from miniinfer.data import StepPlan, StepResult, TokenLogprobs
+from miniinfer.engine import sampler
+from miniinfer.engine.graphs import Graphs
+from miniinfer.engine.rows import Rows
+from miniinfer.kernels import Ops
+from miniinfer.models.decoder import Decoder
+from miniinfer.utils import get_logger
+
+log = get_logger(__name__)
+
+GIB = 2**30
+LOGITS_CHUNK = 1024  # prompt positions whose logits are in memory at once
+
+
+@dataclass(slots=True)
+class Pending:
+    """A launched step: `result` waits for its copies to the host and reads them."""
+
+    plan: StepPlan
+    tokens: Tensor  # [S] int32 on the host, valid once `done`
+    done: torch.cuda.Event | None
+    logprobs: tuple[Tensor, Tensor, Tensor] | None = None
+    prompt: dict[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
+
+    def result(self) -> StepResult:
+        """The sampled tokens, aligned with the plan's entries."""
+        if self.done is not None:
+            self.done.synchronize()
+        sampled = iter(self.tokens.tolist())
+        tokens = [[next(sampled)] if s else [] for s in self.plan.samples]
+        result = StepResult(step=self.plan.step, tokens=tokens)
+        if self.logprobs is not None:
+            each = iter(_token_logprobs(*self.logprobs))
+            result.logprobs = [[next(each)] if s else [] for s in self.plan.samples]
+        if self.prompt is not None:
+            result.prompt_logprobs = {b: [t for chunk in chunks for t in _token_logprobs(*chunk)] for b, chunks in self.prompt.items()}
+        return result
+
+
+def _token_logprobs(ids: Tensor, values: Tensor, ranks: Tensor) -> list[TokenLogprobs]:
+    return [TokenLogprobs(*each) for each in zip(ids.tolist(), values.tolist(), ranks.tolist(), strict=True)]
+
+
+class Runner:
+    """One device's share of the engine. `config` is resolved; `model` has its weights."""
+
+    def __init__(self, config: EngineConfig, model: Decoder, ops: Ops, device: torch.device) -> None:
+        assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
+        self.config, self.model, self.ops, self.device = config, model, ops, device
+        self.max_length = config.max_model_len
+        shape: ModelConfig = model.config
+        self.kinds = shape.state_kinds
+        self.num_pages = plan_pages(config, shape, device)
+        self.caches = self._make_caches(shape, config.page_size)
+        self.rows = Rows(config.max_num_seqs, config.max_model_len, config.page_size, len(self.kinds), device)
+        size = config.max_num_batched_tokens + config.max_num_seqs  # a decode batch is padded beyond the budget at most by dummies
+
+        def buffer(n: int) -> Tensor:
+            return torch.zeros(n, dtype=torch.int32, device=device)
+
+        self.ids, self.positions, self.lengths = buffer(size), buffer(size), buffer(config.max_num_seqs + 1)
+        self.slots = [buffer(size) for _ in self.kinds]
+        # Reference ops ask the device for sizes, which a capture forbids.
+        graphs = device.type == "cuda" and not config.enforce_eager and ops.name == "triton"
+        self.graphs = Graphs(self._decode, config.max_num_seqs, graphs)
+
+    def _make_caches(self, shape: ModelConfig, page_size: int) -> list[tuple[Tensor, Tensor]]:
+        """K and V per layer, zeroed: attention multiplies masked entries by 0, and 0 times a stale NaN would be NaN."""
+        dtype = self.model.embed.weight.dtype
+        caches: list[tuple[Tensor, Tensor]] = []
+        for window in shape.windows:
+            pages = self.num_pages[self.kinds.index(window)]
+            both = torch.zeros(2, pages, shape.num_kv_heads, page_size, shape.head_dim, dtype=dtype, device=self.device)
+            caches.append((both[0], both[1]))
+        return caches
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Pending:
+        """Starts a step. On a GPU it returns at once; nothing in here waits for the device."""
+        batch_size = len(plan.rows)
+        decode = max(plan.counts) == 1 and not plan.prompt_logprobs
+        padded = self.graphs.bucket(batch_size) if decode else batch_size
+        self._copy_pages(plan)
+        num_sampled = self.rows.upload(plan, padded)
+        if decode:
+            logits = self.graphs.run(padded)
+            if num_sampled == batch_size:
+                logits = logits[:batch_size]
+            else:
+                logits = logits[self.rows.sampled[:num_sampled].long()]
+            hidden = None
+        else:
+            hidden = self._forward(batch_size, plan.num_tokens, max(plan.counts), max(s + c for s, c in zip(plan.starts, plan.counts, strict=True)))
+            last = self.rows.query_start[1:][self.rows.sampled[:num_sampled].long()].long() - 1
+            logits = self.model.logits(hidden[last])
+        pending = self._sample(plan, logits, num_sampled)
+        if plan.prompt_logprobs and hidden is not None:
+            pending.prompt = self._prompt_logprobs(plan, hidden)
+        if self.device.type == "cuda":
+            pending.done = torch.cuda.Event()
+            pending.done.record()
+        return pending
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        for kind, window in enumerate(self.kinds):
+            pairs = [(source, destination) for k, source, destination in plan.copies if k == kind]
+            if pairs:
+                moved = torch.tensor(pairs, dtype=torch.int32).to(self.device)
+                layers = [c for c, w in zip(self.caches, self.model.config.windows, strict=True) if w == window]
+                self.ops.copy_pages(layers, moved[:, 0].contiguous(), moved[:, 1].contiguous())
+
+    def _decode(self, size: int) -> Tensor:
+        """A forward pass of `size` one-token entries, to logits [size, V]; what graphs capture, so lengths are bounded by the limit."""
+        return self.model.logits(self._forward(size, size, 1, self.max_length))
+
+    def _forward(self, batch_size: int, num_tokens: int, max_query: int, max_length: int) -> Tensor:
+        """Builds the inputs from the rows, on the device, and runs the model: hidden states [num_tokens, hidden]."""
+        rows, size = self.rows, self.config.page_size or 0
+        batch_rows, query_start = rows.batch_rows[:batch_size], rows.query_start[: batch_size + 1]
+        ids, positions, lengths = self.ids[:num_tokens], self.positions[:num_tokens], self.lengths[:batch_size]
+        slots = [s[:num_tokens] for s in self.slots]
+        self.ops.step_inputs(
+            rows.tokens, batch_rows, rows.starts[:batch_size], query_start, num_tokens, rows.page_tables, size, ids, positions, lengths, slots
+        )
+        kinds = tuple(StateView(s, table, size) for s, table in zip(slots, rows.page_tables, strict=True))
+        batch = Batch(ids, positions, query_start, lengths, batch_rows, max_query, max_length, self.ops, kinds, self.caches)
+        return self.model(batch)
+
+    def _sample(self, plan: StepPlan, logits: Tensor, count: int) -> Pending:
+        if not count:
+            return Pending(plan, torch.empty(0, dtype=torch.int32), None)
+        rows, at = self.rows, self.rows.sampled[:count].long()
+        flags = rows.union_flags([r for r, s in zip(plan.rows, plan.samples, strict=True) if s])
+        longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
+        tokens = sampler.sample(logits, rows, rows.batch_rows[at], self.lengths[at], flags, longest, self.ops)
+        pending = Pending(plan, self._to_host(tokens), None)
+        if plan.logprobs >= 0:
+            ids, values, ranks = sampler.logprobs(logits, tokens, plan.logprobs)
+            pending.logprobs = self._to_host(ids), self._to_host(values), self._to_host(ranks)
+        return pending
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[tuple[Tensor, Tensor, Tensor]]]:
+        """For each entry that wants them: log-probabilities of the known token after every position computed in this step."""
+        starts = np.concatenate([[0], np.cumsum(plan.counts)])
+        found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for b in plan.prompt_logprobs:
+            row, start = plan.rows[b], plan.starts[b]
+            count = min(plan.counts[b], int(self.rows.prompt_lens[row]) - 1 - start)
+            chunks = found.setdefault(b, [])
+            for lo in range(0, count, LOGITS_CHUNK):
+                hi = min(lo + LOGITS_CHUNK, count)
+                logits = self.model.logits(hidden[starts[b] + lo : starts[b] + hi])
+                targets = self.rows.tokens[row, start + lo + 1 : start + hi + 1]
+                ids, values, ranks = sampler.logprobs(logits, targets, int(self.rows.prompt_logprobs[row]))
+                chunks.append((self._to_host(ids), self._to_host(values), self._to_host(ranks)))
+        return found
+
+    def _to_host(self, value: Tensor) -> Tensor:
+        """A copy in pinned memory, valid once the step's event is reached; on the CPU the tensor itself."""
+        if self.device.type != "cuda":
+            return value
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return host.copy_(value, non_blocking=True)
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def workspace_bytes(config: EngineConfig, shape: ModelConfig) -> int:
+    """An upper estimate of a step's temporaries: activations of the token budget, and logits with what sampling makes of them."""
+    assert config.max_num_batched_tokens and config.max_num_seqs
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    wide = 3 * max(shape.intermediate_size, shape.experts_per_token * shape.expert_intermediate_size)
+    activations = config.max_num_batched_tokens * (6 * shape.hidden_size + 2 * heads + wide) * 2
+    logits = max(config.max_num_seqs, LOGITS_CHUNK) * shape.vocab_size * 4
+    return activations + 8 * logits
+
+
+def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -> list[int]:
+    """KV pages per state kind, from the memory that the options grant and the weights leave; ConfigError if not even one request fits."""
+    assert config.max_num_seqs and config.max_model_len and config.page_size and config.max_num_batched_tokens
+    size, element = config.page_size, torch.empty((), dtype=getattr(torch, config.dtype)).element_size()
+    per_layer = 2 * shape.num_kv_heads * shape.head_dim * element * size
+    page_bytes = [per_layer * shape.windows.count(window) for window in shape.state_kinds]
+    full = 2 + config.max_num_seqs * (-(-config.max_model_len // size) + 1)  # every row at its limit: more is of use to the prefix cache only
+    if config.num_pages is not None:
+        wanted = config.num_pages
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(free - (1 - config.gpu_memory_utilization) * total) - workspace_bytes(config, shape)
+        wanted = budget // sum(page_bytes)
+    else:
+        wanted = min(int(config.cpu_kv_gib * GIB) // sum(page_bytes), full)
+    needed = 2 + -(-config.max_model_len // size)
+    if wanted < needed:
+        source = "num_pages" if config.num_pages is not None else ("gpu_memory_utilization" if device.type == "cuda" else "cpu_kv_gib")
+        raise ConfigError(
+            f"{source}: room for {max(wanted, 0)} KV pages of {size} tokens, but one request of max_model_len={config.max_model_len} tokens "
+            f"needs {needed} ({needed * sum(page_bytes) / GIB:.2f} GiB); raise {source} or lower max_model_len"
+        )
+    return [wanted] * len(page_bytes)
+
+
+def synchronize(device: torch.device) -> float:
+    """Waits for the device; returns the clock, so that start-up logs measure what was done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
