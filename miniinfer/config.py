@@ -54,6 +54,26 @@ ARCHITECTURES = {
     "MixtralForCausalLM": "mixtral",
 }
 
+# What an absent key of `config.json` means, where transformers' config classes give it a value of their own. A null is not an absent key.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    },
+    "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+# Keys of other models' formulas. A checkpoint that sets one would run and answer wrongly, so it is refused.
+_FOREIGN = (
+    "quantization_config", "compression_config", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale",
+    "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "scale_emb", "scale_depth", "no_rope_layers",
+    "attention_chunk_size", "shared_expert_intermediate_size", "n_shared_experts", "use_parallel_residual", "clip_qkv",
+)  # fmt: skip
+_ROPE_PLAIN_KEYS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor", "finetuned"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -85,6 +105,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (0,) * self.num_layers)
+        if not self.moe_layers:
+            object.__setattr__(self, "moe_layers", (False,) * self.num_layers)
+
     @staticmethod
     def from_folder(path: str | Path) -> ModelConfig:
         """Reads `config.json` (and `generation_config.json` for the end-of-text ids). Raises ConfigError naming the file or key."""
@@ -97,7 +123,9 @@ class ModelConfig:
 
     @staticmethod
     def from_hf(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
-        """Builds from a parsed `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
+        """Builds from a parsed `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+
+        Raises ConfigError naming the key for what is missing, contradictory, or would change the model's answers in a way we do not compute."""
         names = raw.get("architectures") or []
         family = next((ARCHITECTURES[n] for n in names if n in ARCHITECTURES), None)
         if family is None and not names and raw.get("model_type") in ARCHITECTURES.values():
@@ -105,42 +133,54 @@ class ModelConfig:
         if family is None:
             asked = ", ".join(names) or repr(raw.get("model_type"))
             raise ConfigError(f"{source}: architecture {asked} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raw = {**_ABSENT[family], **raw}
+        _refuse(raw, source)
 
-        def need(key: str) -> Any:
-            if raw.get(key) is None:
+        def size(key: str, default: int | None = None) -> int:
+            value = default if raw.get(key) is None else raw[key]
+            if value is None:
                 raise ConfigError(f"{source}: the key '{key}' is missing")
-            return raw[key]
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{source}: '{key}' must be a positive integer, got {value!r}")
+            return value
 
-        layers, heads = need("num_hidden_layers"), need("num_attention_heads")
-        experts = raw.get("num_experts") or raw.get("num_local_experts") or 0
+        layers, heads, hidden = size("num_hidden_layers"), size("num_attention_heads"), size("hidden_size")
+        kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", hidden // heads)
+        if heads % kv_heads:
+            raise ConfigError(f"{source}: 'num_attention_heads' ({heads}) is not a multiple of 'num_key_value_heads' ({kv_heads})")
+        if head_dim % 2:
+            raise ConfigError(f"{source}: 'head_dim' ({head_dim}) must be even for rotary positions")
         moe = family in ("qwen3_moe", "mixtral")
-        if moe and not experts:
-            raise ConfigError(f"{source}: a {family} model needs 'num_experts' or 'num_local_experts'")
+        experts = size("num_experts", size("num_local_experts", 128 if family == "qwen3_moe" else 8)) if moe else 0
+        top_k = size("num_experts_per_tok") if moe else 0
+        if top_k > experts:
+            raise ConfigError(f"{source}: 'num_experts_per_tok' ({top_k}) is more than the {experts} experts")
+        bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe")
         eos = raw.get("eos_token_id")
         return ModelConfig(
             family=family,
-            vocab_size=need("vocab_size"),
-            hidden_size=need("hidden_size"),
-            intermediate_size=need("intermediate_size"),
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or need("hidden_size") // heads,
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=_rope(raw, source),
-            max_position=raw.get("max_position_embeddings", 2048),
+            max_position=size("max_position_embeddings", 2048),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=bool(raw.get("attention_bias", False)) or family == "qwen2",
-            o_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qkv_bias=bias or family == "qwen2",
+            o_bias=bias,
+            mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama",
             qk_norm=family in ("qwen3", "qwen3_moe"),
-            windows=_windows(raw, family, layers),
-            num_experts=experts if moe else 0,
-            experts_per_token=raw.get("num_experts_per_tok", 2) if moe else 0,
-            expert_intermediate_size=raw.get("moe_intermediate_size") or need("intermediate_size"),
+            windows=_windows(raw, family, layers, source),
+            num_experts=experts,
+            experts_per_token=top_k,
+            expert_intermediate_size=size("moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size") if moe else 0,
             renormalize_experts=family == "mixtral" or bool(raw.get("norm_topk_prob", False)),
             moe_layers=_moe_layers(raw, family, layers),
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
+            dtype=_dtype(raw, source),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             bos_token_id=raw.get("bos_token_id"),
         )
@@ -166,30 +206,65 @@ class ModelConfig:
         return self.num_layers * (attention + 2 * h) + mlps + h + self.vocab_size * h * (1 if self.tie_embeddings else 2)
 
 
+def _refuse(raw: dict[str, Any], source: str) -> None:
+    """ConfigError for a key that asks for a computation which we do not do."""
+    for key in _FOREIGN:
+        if raw.get(key):
+            raise ConfigError(f"{source}: '{key}' is set ({str(raw[key])[:80]}), which is not supported")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError(f"{source}: 'hidden_act' {raw['hidden_act']!r} is not supported; supported: silu")
+
+
+def _dtype(raw: dict[str, Any], source: str) -> str:
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"{source}: dtype '{dtype}' is not supported; supported: bfloat16, float16, float32")
+    return dtype
+
+
 def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise ConfigError(f"{source}: rope type '{kind}' is not supported; supported: default, linear, dynamic, llama3, yarn")
+    required = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",)}
+    required["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
+    if kind not in required:
+        raise ConfigError(f"{source}: rope type '{kind}' is not supported; supported: {', '.join(required)}")
+    if absent := [key for key in required[kind] if scaling.get(key) is None]:
+        raise ConfigError(f"{source}: rope type '{kind}' needs '{absent[0]}'")
     keys = {f.name for f in dataclasses.fields(RopeConfig)}
-    values = {k: v for k, v in scaling.items() if k in keys and v is not None}
-    original = scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    if unknown := [key for key, value in scaling.items() if key not in keys | _ROPE_PLAIN_KEYS and value is not None]:
+        raise ConfigError(f"{source}: the rope parameter '{unknown[0]}' is not supported")
+    for partial in (scaling.get("partial_rotary_factor"), raw.get("partial_rotary_factor")):
+        if partial not in (None, 1):
+            raise ConfigError(f"{source}: 'partial_rotary_factor' {partial} is not supported; only whole heads are rotated")
+    # As transformers reads it: dynamic scaling always counts from the model's own limit, the others from the length before stretching.
+    limit = raw.get("max_position_embeddings", 2048)
+    original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or limit
     theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    return RopeConfig(kind=kind, theta=float(theta), original_max_position=original, **values)
+    values = {k: v for k, v in scaling.items() if k in keys and v is not None} if kind != "default" else {}
+    return RopeConfig(kind=kind, theta=float(theta), original_max_position=limit if kind == "dynamic" else original, **values)
 
 
-def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
-    """Per-layer sliding windows: Mistral and Mixtral use one everywhere, Qwen from `max_window_layers` on, if switched on."""
+def _windows(raw: dict[str, Any], family: str, layers: int, source: str) -> tuple[int, ...]:
+    """Per-layer sliding windows: Mistral, Mixtral and (switched on) Qwen3-MoE use one everywhere, Qwen2 and 3 as `layer_types` says or else
+    from `max_window_layers` on, Llama none."""
     window = raw.get("sliding_window") or 0
+    if family == "llama" or (family.startswith("qwen") and not raw.get("use_sliding_window", False)):
+        window = 0
+    first = raw["max_window_layers"] if family in ("qwen2", "qwen3") else 0
+    for key, value in (("sliding_window", window), ("max_window_layers", first)):
+        if not isinstance(value, int) or value < 0:
+            raise ConfigError(f"{source}: '{key}' must be a number of {'tokens' if key == 'sliding_window' else 'layers'}, got {value!r}")
+    windows = tuple(window if i >= first else 0 for i in range(layers))
     kinds = raw.get("layer_types")
-    if kinds and family not in ("mistral", "mixtral", "llama"):
-        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    if family in ("mistral", "mixtral"):
-        return (window,) * layers
-    if family in ("qwen2", "qwen3", "qwen3_moe") and raw.get("use_sliding_window", False):
-        first = raw.get("max_window_layers", layers) if family != "qwen3_moe" else 0
-        return tuple(window if i >= first else 0 for i in range(layers))
-    return (0,) * layers
+    if kinds is None:
+        return windows
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"{source}: 'layer_types' must say full_attention or sliding_attention for each of the {layers} layers")
+    stated = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    if ("sliding_attention" in kinds and not window) or (family not in ("qwen2", "qwen3") and stated != windows):
+        raise ConfigError(f"{source}: 'layer_types' contradicts 'sliding_window' ({window or 'none'}) of a {family} model")
+    return stated
 
 
 def _moe_layers(raw: dict[str, Any], family: str, layers: int) -> tuple[bool, ...]:
