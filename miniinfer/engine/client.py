@@ -1,0 +1,349 @@
+"""AsyncEngine: the engine seen from the API process. Starts the engine process, sends it requests, streams what comes back.
+
+Owns the child process, the sockets and the open streams. Text is made in output.py, here in the parent, so that the engine process never waits
+for it. Imports no torch. Restarting a dead engine is not done here: open streams end with EngineDeadError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from miniinfer.config import ConfigError, EngineConfig
+from miniinfer.data import Abort, Control, Failed, FromEngine, Ready, Reply, RequestOutput, SamplingParams, ToEngine, Updates
+from miniinfer.engine.output import OutputProcessor, merge, snapshot, validate
+from miniinfer.engine.text import Tokenizer
+from miniinfer.engine.worker import WorkerStart
+from miniinfer.models.hub import resolve_folder
+from miniinfer.utils import get_logger
+
+__all__ = ["AsyncEngine", "EngineDeadError", "Prompt"]
+
+log = get_logger(__name__)
+
+Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": text} and/or {"prompt_token_ids": ids}
+
+SHORT_TEXT = 4096  # characters; tokenizing up to so many takes about a millisecond, less than a thread's round trip is worth
+STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+LAST_WORDS_MS = 200  # how long to listen for a message of a process that has ended
+
+
+class EngineDeadError(RuntimeError):
+    """The engine process has ended, or was shut down; the message says what is known of the reason."""
+
+
+class _Stream:
+    """One request's mailbox with a single slot: what arrives before its consumer wakes is merged, so a slow one holds up nobody."""
+
+    __slots__ = ("error", "event", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: RequestOutput | None = None
+        self.error: Exception | None = None
+        self.event = asyncio.Event()
+
+    def put(self, delta: RequestOutput) -> None:
+        if self.waiting is None:
+            self.waiting = delta
+        else:
+            merge(self.waiting, delta)
+        self.event.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.event.set()
+
+    async def get(self) -> RequestOutput:
+        """What is new; what came before a failure is handed over before the failure is raised."""
+        await self.event.wait()
+        delta, self.waiting = self.waiting, None
+        if delta is None:
+            assert self.error is not None
+            raise self.error
+        if self.error is None:
+            self.event.clear()
+        return delta
+
+
+class AsyncEngine:
+    """An engine process of its own. Belongs to the event loop that calls `start`; not for use from other threads.
+
+    After `start`: `info` (what the engine says of itself), `tokenizer` (None with skip_tokenizer_init), `stats` (its latest counters)."""
+
+    def __init__(self, config: EngineConfig, *, chat_template: str | None = None, core: str = "miniinfer.engine.core:EngineCore") -> None:
+        """`chat_template`: a file to use instead of the checkpoint's. `core`: "module:class" to run in the process; tests bring their own."""
+        self.config = config
+        self.info: dict[str, Any] = {}
+        self.stats: dict[str, float] = {}
+        self.tokenizer: Tokenizer | None = None
+        self._chat_template = chat_template
+        self._core = core
+        self._processor = OutputProcessor(None)
+        self._streams: dict[str, _Stream] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._reply_ids = itertools.count()
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ready: asyncio.Future[dict[str, Any]] | None = None
+        self._dead: Exception | None = None
+        self._stopping = False
+        self._threads = ThreadPoolExecutor(2, "tokenize")
+        self._closing = contextlib.ExitStack()  # what shutdown undoes
+        self._closing.callback(self._threads.shutdown, wait=False)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+
+    # ---------------------------------------------------------------------------------------------------- life
+
+    async def start(self, timeout: float = 1800.0) -> None:
+        """Returns when the engine accepts work. Raises ConfigError if the mend is the user's, EngineDeadError if the engine fails, and TimeoutError
+        after `timeout` seconds; nothing is left running then."""
+        if self._process is not None:
+            raise RuntimeError("an AsyncEngine starts once; make a new one")
+        self._ready = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._spawn()
+                self.tokenizer, self.info = await asyncio.gather(asyncio.to_thread(self._load_tokenizer), self._ready)
+        except BaseException as e:
+            await self.shutdown()
+            if isinstance(e, TimeoutError):
+                raise TimeoutError(f"the engine did not start within {timeout:g} s") from None
+            raise
+        self._processor = OutputProcessor(self.tokenizer)
+
+    def _load_tokenizer(self) -> Tokenizer | None:
+        if self.config.skip_tokenizer_init:
+            return None
+        folder = resolve_folder(self.config.tokenizer or self.config.model, self.config.revision)
+        return Tokenizer.from_folder(folder, self._chat_template)
+
+    async def _spawn(self) -> None:
+        """Sockets first, so that the child finds them; then the child, which sees the same modules as this process."""
+        folder = tempfile.mkdtemp(prefix="miniinfer-")  # mode 0700: nobody else may connect
+        self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
+        level = logging.getLevelName(logging.getLogger("miniinfer").getEffectiveLevel()).lower()
+        start = WorkerStart(self.config, self._core, folder, level)
+        self._outbox: zmq.Socket[bytes] = self._bind(zmq.Context(), zmq.PUSH, start.to_engine)
+        self._inbox: zmq.asyncio.Socket = self._bind(zmq.asyncio.Context(), zmq.PULL, start.from_engine)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "miniinfer.engine.worker", stdin=asyncio.subprocess.PIPE, env=environment
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(start) + b"\n")  # and never closed: its end tells the child of our death
+        reader = asyncio.create_task(self._read())
+        self._tasks = [reader, asyncio.create_task(self._watch(self._process, reader))]
+
+    def _bind(self, context: zmq.Context[Any], kind: int, address: str) -> Any:
+        """A socket without limit or linger: a send never waits, and a close never does."""
+        self._closing.callback(context.destroy, linger=0)
+        socket = context.socket(kind)
+        socket.set_hwm(0)
+        socket.bind(address)
+        return socket
+
+    async def shutdown(self) -> None:
+        """Ends the process and every open stream; leaves no socket, file or task behind. May be called at any time and more than once."""
+        self._stopping = True
+        self._die(EngineDeadError("the engine was shut down"))
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+        self._closing.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Does it accept requests."""
+        return bool(self.info) and self._dead is None
+
+    @property
+    def errored(self) -> bool:
+        """Has it died, other than by `shutdown`."""
+        return self._dead is not None and not self._stopping
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    # ------------------------------------------------------------------------------------------------ requests
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, without holding up the event loop if it is long. ValueError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("prompt: the engine has no tokenizer (skip_tokenizer_init); give token ids")
+        if len(text) <= SHORT_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.tokenizer.encode, text, add_special_tokens)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        delta: bool = False,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Streams a request's output, whole so far each time or (`delta`) only what is new. Leaving the iterator in any way aborts the request.
+
+        Raises ValueError naming the field, before the first output, for a request that cannot run; EngineDeadError if the engine dies."""
+        text, ids = await self._prompt(prompt)
+        validate(ids, params, self.info, self.tokenizer)
+        self._check_alive()
+        request_id = request_id or uuid.uuid4().hex
+        messages = self._processor.add(request_id, text, ids, params, priority, cache_salt)
+        stream = self._streams[request_id] = _Stream()
+        total: RequestOutput | None = None
+        try:
+            for message in messages:
+                self._send(message)
+            while total is None or not total.finished:
+                new = await stream.get()
+                if delta or total is None:
+                    total = new
+                else:
+                    merge(total, new)
+                yield total if delta else snapshot(total)
+        finally:
+            if self._streams.get(request_id) is stream:
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at once: its stream gets a last output with finish_reason "abort". An unknown id is ignored."""
+        stream = self._streams.pop(request_id, None)
+        if stream is None:
+            return
+        last, ids = self._processor.abort(request_id)
+        if last is not None:
+            stream.put(last)
+        if ids and self._dead is None:
+            self._send(Abort(ids))
+
+    async def control(self, command: str) -> Any:
+        """The engine's answer to a command outside the request flow ("stats", "check", "reset_prefix_cache"). RuntimeError if it fails there."""
+        self._check_alive()
+        id = next(self._reply_ids)
+        reply = self._replies[id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Control(id, command))
+            return await reply
+        finally:
+            del self._replies[id]
+
+    async def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        elif isinstance(prompt, list):
+            prompt = {"prompt_token_ids": prompt}
+        elif not isinstance(prompt, dict):
+            raise ValueError(f"prompt: must be text, a list of token ids or a dict, got {type(prompt).__name__}")
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if ids is not None:
+            if not isinstance(ids, list):
+                raise ValueError(f"prompt_token_ids: must be a list of integers, got {type(ids).__name__}")
+            return text, ids
+        if not isinstance(text, str):
+            raise ValueError("prompt: a dict needs 'prompt' (text) or 'prompt_token_ids' (a list of integers)")
+        return text, await self.encode(text)
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise _fresh(self._dead)
+        if not self.info:
+            raise RuntimeError("the engine has not been started: await start() first")
+
+    def _send(self, message: ToEngine) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+    # ------------------------------------------------------------------------------------------- what comes back
+
+    async def _read(self) -> None:
+        while True:
+            self._receive(self._decoder.decode(await self._inbox.recv()))
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Updates():
+                self.stats = message.stats
+                deltas, aborts = self._processor.process(message.updates)
+                for delta in deltas:
+                    self._deliver(delta)
+                if aborts:
+                    self._send(Abort(aborts))
+            case Reply(id, value, error):
+                reply = self._replies.get(id)
+                if reply is not None and not reply.done():
+                    reply.set_exception(RuntimeError(error)) if error else reply.set_result(value)
+            case Ready(info):
+                assert self._ready is not None
+                if not self._ready.done():
+                    self._ready.set_result(info)
+            case Failed(error, user_error):
+                self._die(ConfigError(error) if user_error else EngineDeadError(f"the engine has failed: {error}"))
+
+    def _deliver(self, delta: RequestOutput) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is not None:
+            stream.put(delta)
+            if delta.finished:
+                del self._streams[delta.request_id]
+
+    async def _watch(self, process: asyncio.subprocess.Process, reader: asyncio.Task[None]) -> None:
+        """Waits for the process's end, hears its last words, and ends all streams."""
+        code = await process.wait()
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+        while self._dead is None and await self._inbox.poll(LAST_WORDS_MS):
+            self._receive(self._decoder.decode(await self._inbox.recv()))
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        self._die(EngineDeadError(f"the engine process {how}; its log may say why"))
+
+    def _die(self, error: Exception) -> None:
+        """Ends everything that waits. The first reason counts."""
+        if self._dead is not None:
+            return
+        self._dead = error
+        if not self._stopping:
+            log.error("%s", error)
+        for request_id in list(self._streams):
+            self._processor.abort(request_id)
+            self._streams.pop(request_id).fail(_fresh(error))
+        for future in [*self._replies.values(), *([self._ready] if self._ready else [])]:
+            if not future.done():
+                future.set_exception(_fresh(error))
+                future.exception()  # if nobody waits for it any more, nobody need be warned
+
+
+def _fresh(error: Exception) -> Exception:
+    """A copy to raise: an exception raised in several tasks would collect the tracebacks of all."""
+    return type(error)(str(error))

@@ -1,0 +1,276 @@
+"""From engine updates to what a caller sees: text, stop strings, log-probabilities, siblings of one request put together.
+
+Owns the checks on a request that need the model's facts (`validate`), the state of open requests (`OutputProcessor`), and how deltas add up
+(`merge`). LLM calls it in process, AsyncEngine in the API process; neither torch nor sockets here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from miniinfer.data import Add, CompletionOutput, Logprob, RequestOutput, SamplingParams, SequenceUpdate, TokenLogprobs
+from miniinfer.engine.text import Detokenizer, Tokenizer
+
+__all__ = ["OutputProcessor", "StopStrings", "merge", "snapshot", "validate"]
+
+
+def validate(prompt_token_ids: Sequence[int], params: SamplingParams, info: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
+    """Can this request run? `info` is the engine's (`vocab_size`, `max_model_len`). Raises ValueError naming the field that is wrong."""
+    vocabulary, limit = info["vocab_size"], info["max_model_len"]
+    if not prompt_token_ids:
+        raise ValueError("prompt: must not be empty")
+    wrong = set(map(type, prompt_token_ids)) - {int}
+    if wrong:
+        raise ValueError(f"prompt: token ids must be integers, found {', '.join(sorted(t.__name__ for t in wrong))}")
+    if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocabulary:
+        bad = next(t for t in prompt_token_ids if not 0 <= t < vocabulary)
+        raise ValueError(f"prompt: token id {bad} is outside the vocabulary of {vocabulary}")
+    if len(prompt_token_ids) >= limit:
+        raise ValueError(f"prompt: {len(prompt_token_ids)} tokens leave no room for output; the context holds {limit} tokens")
+    try:  # msgspec checks types when it decodes, not when a caller constructs
+        msgspec.convert(msgspec.to_builtins(params, str_keys=True), SamplingParams, strict=True, str_keys=True)
+    except msgspec.ValidationError as e:
+        text, _, path = str(e).partition(" - at `$")
+        raise ValueError(f"{path.strip('.`') or 'sampling parameters'}: {text}") from None
+    except TypeError as e:
+        raise ValueError(f"sampling parameters: {e}") from None
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids or ():
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"{name}: token id {token} is outside the vocabulary of {vocabulary}")
+    if params.stop and (tokenizer is None or not params.detokenize):
+        raise ValueError("stop: stop strings need text, but there is no tokenizer or detokenize is off; use stop_token_ids")
+
+
+# ------------------------------------------------------------------------------------------------------ stop strings
+
+
+class StopStrings:
+    """Cuts a growing text at the first of some strings. Holds back only what may be the beginning of one of them."""
+
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
+        """`include`: a stop string that was found stays in the text."""
+        self._stops = stops
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str, may_stop: bool) -> tuple[str, str | None]:
+        """The text that is now safe to show, and the stop string if one was found. With `may_stop` False none counts yet."""
+        held = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0] if may_stop else []
+        if found:
+            at, stop = min(found, key=lambda match: match[0])
+            self._held = ""
+            return held[: at + len(stop) if self._include else at], stop
+        cut = self._safe(held)
+        self._held = held[cut:]
+        return held[:cut], None
+
+    def flush(self) -> str:
+        """The text held back, once nothing can follow it."""
+        held, self._held = self._held, ""
+        return held
+
+    def _safe(self, text: str) -> int:
+        """How much of `text` comes before the first place where a stop string may have begun without being complete."""
+        longest = max(map(len, self._stops))
+        for start in range(max(0, len(text) - longest + 1), len(text)):
+            tail = text[start:]
+            if any(len(stop) > len(tail) and stop.startswith(tail) for stop in self._stops):
+                return start
+        return len(text)
+
+
+# ---------------------------------------------------------------------------------------------------- open requests
+
+
+class _Sequence:
+    """One of a request's samples while it runs."""
+
+    __slots__ = ("count", "detokenizer", "id", "index", "request", "stops")
+
+    def __init__(self, id: str, index: int, request: _Request, tokenizer: Tokenizer | None) -> None:
+        params = request.params
+        self.id = id
+        self.index = index
+        self.request = request
+        self.count = 0  # tokens so far
+        self.detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, request.prompt_token_ids) if tokenizer and params.detokenize else None
+        self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
+
+    def text(self, update: SequenceUpdate) -> tuple[str, int, str | None]:
+        """What these tokens add to the text, how many of them count, and the stop string that they completed."""
+        ids, params = update.token_ids, self.request.params
+        ends = update.finish_reason is not None
+        by_token = update.finish_reason == "stop" and not params.include_stop_str_in_output
+        shown = ids[:-1] if by_token else ids  # the token that ended it is kept, but not shown
+        before, self.count = self.count, self.count + len(ids)
+        if self.detokenizer is None:
+            return "", len(ids), None
+        if self.stops is None:
+            return self.detokenizer.push(shown), len(ids), None
+        text = ""
+        for i, token in enumerate(shown, 1):  # one by one, so as to know which of them completed a stop string
+            safe, stop = self.stops.push(self.detokenizer.push((token,)), before + i >= params.min_tokens)
+            text += safe
+            if stop is not None:
+                return text, i, stop
+        return (text + self.stops.flush() if ends else text), len(ids), None
+
+
+class _Request:
+    """An open request: what its caller gave, and those of its sequences that still run."""
+
+    __slots__ = ("id", "params", "prompt", "prompt_token_ids", "running")
+
+    def __init__(self, id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        self.id = id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.running: set[str] = set()  # ids of sequences
+
+
+class OutputProcessor:
+    """Requests out of the engine's sequences. `add` opens a request, `process` turns updates into deltas, which `merge` adds up.
+
+    Costs O(new tokens) an update. Without a tokenizer, results carry no text."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._requests: dict[str, _Request] = {}
+        self._sequences: dict[str, _Sequence] = {}
+
+    def __len__(self) -> int:
+        """Open requests."""
+        return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def add(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+    ) -> list[Add]:
+        """Opens a request that `validate` has passed. Returns a message for each of its n sequences, in the order in which the engine must get
+        them: siblings share the prompt's pages. ValueError if the id is already open."""
+        if request_id in self._requests:
+            raise ValueError(f"request_id: {request_id!r} is already running")
+        request = self._requests[request_id] = _Request(request_id, prompt, prompt_token_ids, params)
+        if params.n == 1:
+            ids, group, each = [request_id], None, params
+        else:
+            ids, group, each = [f"{request_id}#{i}" for i in range(params.n)], request_id, msgspec.structs.replace(params, n=1)
+        for index, id in enumerate(ids):
+            self._sequences[id] = _Sequence(id, index, request, self._tokenizer)
+            request.running.add(id)
+        return [Add(id, prompt_token_ids, each, priority, group, cache_salt) for id in ids]
+
+    def process(self, updates: Sequence[SequenceUpdate]) -> tuple[list[RequestOutput], list[str]]:
+        """One delta for each request that these updates touch (its outputs hold only the new part of samples that have one), and the
+        sequences that the engine must now abort. Updates of sequences that are no longer open are dropped."""
+        deltas: dict[str, RequestOutput] = {}
+        aborts: list[str] = []
+        for update in updates:
+            sequence = self._sequences.get(update.id)
+            if sequence is None:
+                continue
+            request = sequence.request
+            delta = deltas.get(request.id)
+            if delta is None:
+                delta = deltas[request.id] = RequestOutput(request.id, request.prompt, request.prompt_token_ids, [], False)
+            new = self._advance(sequence, update)
+            delta.outputs.append(new)
+            if sequence.index == 0:  # its siblings find the prompt in the cache because of it
+                delta.num_cached_tokens = update.cached_tokens
+                if update.prompt_logprobs is not None and request.params.prompt_logprobs is not None:
+                    delta.prompt_logprobs = self._prompt_logprobs(update.prompt_logprobs, request.params.prompt_logprobs)
+            if new.finish_reason is not None:
+                self._close(sequence)
+                if update.finish_reason is None:
+                    aborts.append(update.id)
+                if new.finish_reason == "error":  # one failed sample fails the request
+                    delta.error = update.error or "the engine gave no reason"
+                    aborts += self._drop(request)
+            delta.finished = not request.running
+        return list(deltas.values()), aborts
+
+    def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
+        """Ends a request. Returns its last delta (finish_reason "abort") and the sequences that the engine must abort; nothing if it is not open."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None, []
+        running = sorted(request.running)
+        deltas, _ = self.process([SequenceUpdate(id, [], "abort") for id in running])
+        return deltas[0], running
+
+    def _drop(self, request: _Request) -> list[str]:
+        ids = sorted(request.running)
+        for id in ids:
+            self._close(self._sequences[id])
+        return ids
+
+    def _close(self, sequence: _Sequence) -> None:
+        running = sequence.request.running
+        running.discard(sequence.id)
+        del self._sequences[sequence.id]
+        if not running:
+            del self._requests[sequence.request.id]
+
+    def _advance(self, sequence: _Sequence, update: SequenceUpdate) -> CompletionOutput:
+        text, count, stop = sequence.text(update)
+        new = CompletionOutput(sequence.index, text, update.token_ids[:count], None, None, update.finish_reason, update.stop_reason)
+        if stop is not None:
+            new.finish_reason, new.stop_reason = "stop", stop
+        alternatives = sequence.request.params.logprobs
+        if alternatives is not None:
+            entries = (update.logprobs or [])[:count]
+            new.cumulative_logprob = sum(entry.logprobs[0] for entry in entries)
+            new.logprobs = [self._logprobs(entry, alternatives) for entry in entries]
+        return new
+
+    def _logprobs(self, entry: TokenLogprobs, alternatives: int) -> dict[int, Logprob]:
+        """The token itself and then the `alternatives` likeliest, by id; the engine may send more, because another request wants them."""
+        text = self._tokenizer.token_text if self._tokenizer else None
+        rows = list(zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True))[: alternatives + 1]
+        return {token: Logprob(logprob, rank, text(token) if text else None) for token, logprob, rank in rows}
+
+    def _prompt_logprobs(self, entries: list[TokenLogprobs], alternatives: int) -> list[dict[int, Logprob] | None]:
+        return [None, *(self._logprobs(entry, alternatives) for entry in entries)]
+
+
+# ------------------------------------------------------------------------------------------------------- adding up
+
+
+def merge(total: RequestOutput, delta: RequestOutput) -> None:
+    """Adds what is new to what there was, in place; `delta` is not kept and not changed."""
+    by_index = {output.index: output for output in total.outputs}
+    for new in delta.outputs:
+        old = by_index.get(new.index)
+        if old is None:
+            by_index[new.index] = _copy(new)
+            total.outputs = [by_index[i] for i in sorted(by_index)]
+            continue
+        old.text += new.text
+        old.token_ids += new.token_ids
+        old.finish_reason, old.stop_reason = new.finish_reason, new.stop_reason
+        if new.logprobs is not None:
+            old.logprobs = (old.logprobs or []) + new.logprobs
+            old.cumulative_logprob = (old.cumulative_logprob or 0.0) + (new.cumulative_logprob or 0.0)
+    total.finished = delta.finished
+    total.error = delta.error or total.error
+    total.prompt_logprobs = delta.prompt_logprobs or total.prompt_logprobs
+    total.num_cached_tokens = delta.num_cached_tokens or total.num_cached_tokens
+
+
+def snapshot(output: RequestOutput) -> RequestOutput:
+    """A copy that later merges leave alone."""
+    return replace(output, outputs=[_copy(o) for o in output.outputs])
+
+
+def _copy(output: CompletionOutput) -> CompletionOutput:
+    logprobs = None if output.logprobs is None else list(output.logprobs)
+    return replace(output, token_ids=list(output.token_ids), logprobs=logprobs)
