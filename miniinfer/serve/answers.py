@@ -1,0 +1,287 @@
+"""What goes back to a client: the JSON of results and the bytes of stream events, for chat and for completions.
+
+Owns encoding only. A stream event costs a few byte concatenations and one string encoding: whatever is the same in all events of a choice
+is built once. Shapes: OpenAI's API reference; `token_ids`, `prompt_token_ids` and `stop_reason` are vLLM's additions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from miniinfer.data import CompletionOutput, Logprob, RequestOutput
+from miniinfer.engine.text import Tokenizer
+from miniinfer.serve.protocol import ChatRequest, CompletionRequest
+from miniinfer.serve.tools import ToolCall, ToolCallParser
+
+DONE = b"data: [DONE]\n\n"
+encode = msgspec.json.Encoder().encode
+
+Table = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One prompt of a request, and what the engine said of it."""
+
+    token_ids: list[int]
+    text: str | None = None  # as the client wrote it
+    logprobs: list[Table | None] | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice, put together from its deltas."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Table] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: CompletionOutput) -> None:
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = self.logprobs if self.logprobs is not None else []
+            self.logprobs += delta.logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+class Answer:
+    """What chat and completion answers share. Choice i belongs to prompt i // n.
+
+    A stream is `event` for every delta, then `usage_event` if asked for, then DONE; otherwise `add` for every delta, then `result`."""
+
+    kind = event_kind = ""
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
+        n: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.id, self.request, self.prompts, self.n, self.tokenizer = request_id, request, prompts, n, tokenizer
+        self.choices = [Choice() for _ in range(n * len(prompts))]
+        self.completion_tokens = 0
+        self._about = {"id": request_id, "object": self.kind, "created": int(time.time()), "model": model}
+        self._stem = b"data: " + encode(self._about | {"object": self.event_kind})[:-1]
+        self._heads = [self._stem + b',"choices":[{"index":%d,' % i for i in range(len(self.choices))]
+        self._end = b'}],"usage":null}\n\n' if request.include_usage else b"}]}\n\n"
+
+    def note(self, index: int, item: RequestOutput) -> None:
+        """Keeps what an item says of its prompt and counts its tokens."""
+        prompt = self.prompts[index]
+        prompt.cached_tokens = max(prompt.cached_tokens, item.num_cached_tokens)
+        if item.prompt_logprobs is not None:
+            prompt.logprobs = item.prompt_logprobs
+        for delta in item.outputs:
+            self.completion_tokens += len(delta.token_ids)
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(p.token_ids) for p in self.prompts)
+        cached = sum(p.cached_tokens for p in self.prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def usage_event(self) -> bytes:
+        return self._stem + b',"choices":[],"usage":' + encode(self.usage()) + b"}\n\n"
+
+    def add(self, index: int, delta: CompletionOutput) -> None:
+        self.choices[index].add(delta)
+
+    def result(self) -> bytes:
+        choices = [self._choice(i, choice) for i, choice in enumerate(self.choices)]
+        return encode(self._about | {"choices": choices, "usage": self.usage()} | self._prompt_ids())
+
+    def event(self, index: int, delta: CompletionOutput) -> bytes:
+        """The stream's bytes for one delta; empty if it has nothing to tell yet."""
+        raise NotImplementedError
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _event_end(self, delta: CompletionOutput, logprobs: bytes = b"null") -> bytes:
+        """From after a choice's content to the end of the event."""
+        if delta.finish_reason is None and not self.request.return_token_ids:
+            return b',"logprobs":' + logprobs + b',"finish_reason":null' + self._end
+        end = b',"logprobs":' + logprobs + b',"finish_reason":' + encode(delta.finish_reason)
+        if delta.finish_reason is not None:
+            end += b',"stop_reason":' + encode(delta.stop_reason)
+        if self.request.return_token_ids:
+            end += b',"token_ids":' + encode(delta.token_ids)
+        return end + self._end
+
+    def _extras(self, choice: Choice) -> dict[str, Any]:
+        extras: dict[str, Any] = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return extras | ({"token_ids": choice.token_ids} if self.request.return_token_ids else {})
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {}
+
+    def _text(self, token_id: int) -> str:
+        return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"
+
+
+# -------------------------------------------------------------------------------------------------------------- chat
+
+
+class ChatAnswer(Answer):
+    """chat.completion and chat.completion.chunk."""
+
+    kind, event_kind = "chat.completion", "chat.completion.chunk"
+    request: ChatRequest
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        tools = self.request.offered_tools
+        self._parsers = [ToolCallParser(self.request.parallel_tool_calls) for _ in self.choices] if tools else []
+        self._started = [False] * len(self.choices)
+
+    def event(self, index: int, delta: CompletionOutput) -> bytes:
+        text, calls = self._split(index, delta)
+        start = b""
+        if not self._started[index]:
+            self._started[index] = True
+            start = self._heads[index] + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' + self._end
+        logprobs = b"null"
+        if delta.logprobs:
+            logprobs = encode(self._logprobs(delta.token_ids, delta.logprobs))
+        elif not (text or calls or delta.finish_reason or self.request.return_token_ids):
+            return start
+        content = b'"delta":{"content":' + encode(text) if text else b'"delta":{'
+        if calls:
+            first = self._parsers[index].num_calls - len(calls)
+            listed = [{"index": first + i, **_call(call)} for i, call in enumerate(calls)]
+            content += (b"," if text else b"") + b'"tool_calls":' + encode(listed)
+        return start + self._heads[index] + content + b"}" + self._event_end(delta, logprobs)
+
+    def _split(self, index: int, delta: CompletionOutput) -> tuple[str, list[ToolCall]]:
+        if not self._parsers:
+            return delta.text, []
+        parser = self._parsers[index]
+        text, calls = parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            text += parser.finish()
+            if parser.num_calls and delta.finish_reason == "stop":
+                delta.finish_reason = "tool_calls"
+        return text, calls
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        if self._parsers:
+            whole = CompletionOutput(index, message["content"], [], finish_reason=choice.finish_reason)
+            text, calls = self._split(index, whole)
+            choice.finish_reason = whole.finish_reason
+            if calls:
+                message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+        logprobs = None if choice.logprobs is None else self._logprobs(choice.token_ids, choice.logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, **self._extras(choice)}
+
+    def _logprobs(self, token_ids: list[int], tables: list[Table]) -> dict[str, Any]:
+        top, content = self.request.top_logprobs or 0, []
+        for token_id, table in zip(token_ids, tables, strict=True):
+            best = sorted(table.items(), key=lambda entry: -entry[1].logprob)[:top]
+            content.append(self._entry(token_id, table[token_id]) | {"top_logprobs": [self._entry(*entry) for entry in best]})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, value: Logprob) -> dict[str, Any]:
+        raw = self.tokenizer.token_bytes(token_id) if self.tokenizer else b""
+        return {"token": self._text(token_id), "logprob": _finite(value.logprob), "bytes": list(raw)}
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.prompts[0].token_ids} if self.request.return_token_ids else {}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's floor for an impossible token."""
+    return max(logprob, -9999.0)
+
+
+# ------------------------------------------------------------------------------------------------------- completions
+
+
+class CompletionAnswer(Answer):
+    """text_completion, streamed or not. With `echo`, a choice begins with its prompt."""
+
+    kind = event_kind = "text_completion"
+    request: CompletionRequest
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._echoed = [not self.request.echo] * len(self.choices)
+        self._offsets = [0] * len(self.choices)  # characters of token text so far, for text_offset
+
+    def event(self, index: int, delta: CompletionOutput) -> bytes:
+        start = b""
+        if not self._echoed[index]:
+            self._echoed[index] = True
+            prompt = self.prompts[index // self.n]
+            start = self._heads[index] + b'"text":' + encode(self._prompt_text(prompt)) + b',"logprobs":'
+            start += encode(self._prompt_logprobs(index)) + b',"finish_reason":null' + self._end
+        if self.request.only_prompt:
+            delta = CompletionOutput(index, "", [], finish_reason="length" if delta.finish_reason else None)
+        logprobs = b"null"
+        if delta.logprobs:
+            logprobs = encode(self._logprobs(index, delta.token_ids, delta.logprobs))
+        elif not (delta.text or delta.finish_reason or self.request.return_token_ids):
+            return start
+        return start + self._heads[index] + b'"text":' + encode(delta.text) + self._event_end(delta, logprobs)
+
+    def usage(self) -> dict[str, Any]:
+        if self.request.only_prompt:
+            self.completion_tokens = 0
+        return super().usage()
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        if self.request.only_prompt:
+            choice = Choice(finish_reason="length")
+        text, logprobs = "".join(choice.text), None
+        if self.request.echo:
+            text = self._prompt_text(self.prompts[index // self.n]) + text
+            logprobs = self._prompt_logprobs(index)
+        if choice.logprobs is not None:
+            own = self._logprobs(index, choice.token_ids, choice.logprobs)
+            logprobs = {key: logprobs[key] + own[key] for key in own} if logprobs else own
+        extras = self._extras(choice)
+        if self.request.return_token_ids:
+            extras["prompt_token_ids"] = self.prompts[index // self.n].token_ids
+        return {"index": index, "text": text, "logprobs": logprobs, **extras}
+
+    def _prompt_text(self, prompt: Prompt) -> str:
+        if prompt.text is None and self.tokenizer is not None:
+            prompt.text = self.tokenizer.decode(prompt.token_ids)
+        return prompt.text or ""
+
+    def _prompt_logprobs(self, index: int) -> dict[str, Any] | None:
+        prompt = self.prompts[index // self.n]
+        return None if prompt.logprobs is None else self._logprobs(index, prompt.token_ids, prompt.logprobs)
+
+    def _logprobs(self, index: int, token_ids: list[int], tables: Iterable[Table | None]) -> dict[str, Any]:
+        """The first token of a prompt has no table: nothing comes before it."""
+        tokens = [self._text(token_id) for token_id in token_ids]
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets = []
+        for token_id, token, table in zip(token_ids, tokens, tables, strict=True):
+            values.append(None if table is None else _finite(table[token_id].logprob))
+            tops.append(None if table is None else {self._text(t): _finite(v.logprob) for t, v in table.items()})
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

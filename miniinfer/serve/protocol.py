@@ -1,0 +1,317 @@
+"""What a client may send: the bodies of /v1/chat/completions and /v1/completions, checked, and the errors it gets back.
+
+Owns the request models (pydantic, strict, unknown fields refused) and `ApiError`, the one way a request is turned down. Knows neither
+the engine nor HTTP. Field names and meanings: OpenAI's API reference, plus vLLM's extra sampling fields under vLLM's names.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, NoReturn, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
+
+from miniinfer.data import MAX_LOGPROBS, SamplingParams
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ApiError(Exception):
+    """A refused or failed request in OpenAI's error shape. `param` names the field at fault, `code` is for programs."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> bytes:
+        """The JSON object {"error": {...}}."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return msgspec.json.encode({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+
+    @staticmethod
+    def from_value_error(error: ValueError, param: str | None = None) -> ApiError:
+        """A 400 from a "field: what is wrong" message of ours; the field becomes `param`."""
+        text = str(error)
+        named = re.match(r"(\w+): ", text)
+        return ApiError(400, text, param=param or (named[1] if named else None))
+
+
+def _refuse(field: str, why: str) -> NoReturn:
+    raise ApiError(400, f"{field}: {why}", param=field)
+
+
+# ----------------------------------------------------------------------------------------------------------- fields
+
+# Fields that official clients send and that change nothing a text server of one user's own promises.
+IGNORED = frozenset(
+    "metadata prediction prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort"
+    " safety_identifier service_tier store user verbosity".split()
+)
+
+# OpenAI fields that would change the answer and that we do not have: refused, never ignored.
+UNSUPPORTED = frozenset("audio best_of function_call functions moderation suffix web_search_options".split())
+
+
+class Strict(BaseModel):
+    """JSON types as they are (no "1" for 1), null for absent, and no field that we do not know."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, raw: Any) -> Any:
+        return {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis; we never pad, which a client cannot tell from "off"
+
+
+class Sampling(Strict):
+    """The fields that both endpoints share. None means: the checkpoint's generation_config.json, then the engine's default."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: list[str] | None = Field(None, max_length=64)
+    max_tokens: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    cache_salt: str = Field("", max_length=256)
+    return_token_ids: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_foreign_fields(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        for field in UNSUPPORTED & raw.keys():
+            if raw[field] not in (None, "", []):
+                _refuse(field, "not supported")
+        return {k: v for k, v in raw.items() if k not in IGNORED and k not in UNSUPPORTED}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _integer_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if not all(re.fullmatch(r"\d{1,9}", key) for key in value):
+            raise ValueError("keys must be token ids")
+        return {int(key): bias for key, bias in value.items()}
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            _refuse("stream_options", "only allowed when stream is true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling_params(self, defaults: dict[str, Any], **more: Any) -> SamplingParams:
+        """What the client asked for over `defaults` (from the checkpoint); `more` are the endpoint's own. ApiError on a bad value."""
+        asked = {f: getattr(self, f) for f in _PASSED_ON if getattr(self, f) is not None}
+        try:
+            return SamplingParams(**{**defaults, **asked, **more})
+        except ValueError as e:
+            raise ApiError.from_value_error(e) from None
+
+
+_PASSED_ON = tuple(f for f in SamplingParams.__struct_fields__ if f in Sampling.model_fields and f != "max_tokens")
+
+
+# ------------------------------------------------------------------------------------------------------- completions
+
+
+class CompletionRequest(Sampling):
+    """/v1/completions. `prompts` is the prompt in its four JSON shapes, as a list of texts or of token id lists."""
+
+    prompt: list[str] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _list_of_prompts(cls, value: Any) -> list[str] | list[list[int]]:
+        prompts = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
+        if not isinstance(prompts, list) or not (
+            all(isinstance(p, str) for p in prompts) or all(isinstance(p, list) and all(type(t) is int for t in p) for p in prompts)
+        ):
+            raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+        if not prompts or not all(prompts):
+            raise ValueError("must not be empty")
+        return prompts
+
+    def params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """With `echo`, max_tokens 0 (score the prompt only) runs as 1 and its token is dropped by the caller."""
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        more: dict[str, Any] = {"max_tokens": 1 if self.only_prompt else limit, "logprobs": self.logprobs}
+        if self.echo:
+            more["prompt_logprobs"] = self.logprobs
+        return self.sampling_params(defaults, **more)
+
+    @property
+    def only_prompt(self) -> bool:
+        return self.echo and self.max_tokens == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- chat
+
+
+class Message(Strict):
+    """One message of a conversation, its text parts joined."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_answers_own_fields(cls, raw: Any) -> Any:
+        """Clients send the assistant's message back as they got it, with fields that say nothing new."""
+        return {k: v for k, v in raw.items() if k not in ("refusal", "annotations")} if isinstance(raw, dict) else raw
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        texts = []
+        for i, part in enumerate(value):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                raise ValueError(f"part {i} has type {kind!r}; only parts of type 'text' are supported")
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"part {i} needs 'text', a string")
+            texts.append(part["text"])
+        return "".join(texts)
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _named_calls(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for i, call in enumerate(value or ()):
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(f"call {i} must be {{'id': ..., 'type': 'function', 'function': {{'name': ..., 'arguments': ...}}}}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As plain data. Templates know no developer role: it is OpenAI's new word for system."""
+        values = {"content": "", **self.model_dump(exclude_none=True)}
+        return {**values, "role": "system"} if self.role == "developer" else values
+
+
+class ChatRequest(Sampling):
+    """/v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True  # false: only the first call of an answer is reported
+    response_format: Any = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _functions_only(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for i, tool in enumerate(value or ()):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(f"tool {i} must be {{'type': 'function', 'function': {{'name': ...}}}}")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _nothing_of_ours(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in ("self", "messages", "tools", "add_generation_prompt"):
+            if name in (value or ()):
+                raise ValueError(f"'{name}' is not the template's own variable")
+        return value
+
+    @model_validator(mode="after")
+    def _only_what_we_can(self) -> ChatRequest:
+        kind = self.response_format.get("type") if isinstance(self.response_format, dict) else self.response_format
+        if kind not in (None, "text"):
+            _refuse("response_format", f"{kind!r} is not supported yet, only 'text'")
+        if self.tool_choice not in (None, "none", "auto"):
+            _refuse("tool_choice", "only 'auto' and 'none' are supported yet")
+        if self.modalities not in (None, ["text"]):
+            _refuse("modalities", "only ['text'] is supported")
+        if self.top_logprobs is not None and not self.logprobs:
+            _refuse("top_logprobs", "needs logprobs to be true")
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools the model gets to see; None if there are none or the client forbids their use."""
+        return (self.tools or None) if self.tool_choice != "none" else None
+
+    def params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """Without a limit, a chat answer may fill the context."""
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return self.sampling_params(defaults, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+# ----------------------------------------------------------------------------------------------------------- parsing
+
+R = TypeVar("R", bound=Sampling)
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """A request from its body. ApiError 400, naming the field, for whatever is not one."""
+    try:
+        raw = from_json(body)
+    except ValueError as e:
+        raise ApiError(400, f"the body is not valid JSON: {e}") from None
+    if not isinstance(raw, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        text = {"extra_forbidden": "unknown field", "missing": "required field is missing"}.get(first["type"], first["msg"])
+        message = text.removeprefix("Value error, ").removeprefix("Input ")
+        raise ApiError(400, f"{field}: {message}", param=field or None) from None
