@@ -58,6 +58,13 @@ class Decoder(Layer):
             self.head.weight = self.embed.weight
         self.register_buffer("cos_sin", cos_sin_table(config.rope, config.head_dim, max_len, place.device), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """`.to`, `.bfloat16` and the like move the rotary table but must not round it."""
+        table = self.cos_sin
+        super()._apply(fn, recurse)
+        self.cos_sin = table.to(self.cos_sin.device)
+        return self
+
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden] after the final norm, in the parameters' dtype. Without caches this is differentiable (reference ops)."""
         x, residual = self.embed(batch.ids), None
