@@ -1,0 +1,164 @@
+"""LLM: offline generation in the caller's process, with vLLM's names and shapes, so that a script moves over by changing its import.
+
+Owns the public offline API and the progress bar. The engine is EngineCore, texts are engine/text.py's and engine/output.py's, as in the server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from miniinfer.config import ConfigError, EngineConfig, read_generation_config
+from miniinfer.data import RequestOutput, SamplingParams
+from miniinfer.engine.core import EngineCore
+from miniinfer.engine.output import OutputProcessor, validate
+from miniinfer.engine.text import Tokenizer
+from miniinfer.models.hub import resolve_folder
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class LLM:
+    """A model in this process. Options are EngineConfig's; ConfigError names one that does not exist or cannot work.
+
+    >>> llm = LLM("Qwen/Qwen3-0.6B")
+    >>> llm.generate("Once upon a time", SamplingParams(max_tokens=20))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str = "bundled", **options: Any) -> None:
+        known = {f.name for f in dataclasses.fields(EngineConfig)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigError(f"LLM: unknown option {', '.join(unknown)}; the options are: {', '.join(sorted(known))}")
+        config = EngineConfig(model=model, **options)
+        self.core = EngineCore(config)
+        self.info = self.core.info
+        folder = Path(self.info["folder"])
+        self.tokenizer: Tokenizer | None = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = Tokenizer.from_folder(resolve_folder(config.tokenizer, config.revision) if config.tokenizer else folder)
+        self.processor = OutputProcessor(self.tokenizer)
+        self._defaults = read_generation_config(folder)
+        self._ids = count()
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with the values that the checkpoint's generation_config.json recommends."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return SamplingParams(**{n: self._defaults[n] for n in names if self._defaults.get(n) is not None})
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues each prompt: a text, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": [...]}; one of them or a list.
+
+        `sampling_params`: one for all, or one each. Returns one RequestOutput per prompt, in order. ValueError names a bad prompt or field; then
+        nothing has been started."""
+        wanted = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[arg-type]
+        params = self._params_for(len(wanted), sampling_params)
+        if priority is not None and len(priority) != len(wanted):
+            raise ValueError(f"priority: {len(priority)} values for {len(wanted)} prompts")
+        requests = []
+        for i, (prompt, each) in enumerate(zip(wanted, params, strict=True)):
+            text, ids = self._tokens(prompt)
+            try:
+                validate(ids, each, self.info, self.tokenizer)
+            except ValueError as e:
+                raise ValueError(f"prompts[{i}]: {e}") from None
+            requests.append((text, ids, each, 0 if priority is None else priority[i]))
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation ([{"role": ..., "content": ...}, ...]) or a list of conversations, rendered by the checkpoint's chat template."""
+        if self.tokenizer is None:
+            raise ValueError("chat: needs a tokenizer, but the engine was made with skip_tokenizer_init=True")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = self.tokenizer.render_chat(
+                list(conversation), tools=tools, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
+            )
+            prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _params_for(self, number: int, given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * number
+        if len(given) != number:
+            raise ValueError(f"sampling_params: {len(given)} values for {number} prompts")
+        return list(given)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if prompt.get("prompt_token_ids") is not None:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            if "prompt" not in prompt:
+                raise ValueError("prompts: a dict needs the key 'prompt' or 'prompt_token_ids'")
+            prompt = prompt["prompt"]
+        if not isinstance(prompt, str):
+            return None, list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("prompts: text needs a tokenizer, but the engine was made with skip_tokenizer_init=True; give token ids")
+        return prompt, self.tokenizer.encode(prompt)
+
+    def _run(self, requests: list[tuple[str | None, list[int], SamplingParams, int]], use_tqdm: bool) -> list[RequestOutput]:
+        """Adds everything, then steps until all have ended. Interrupted, it leaves the engine empty."""
+        ids = [str(next(self._ids)) for _ in requests]
+        finished: dict[str, RequestOutput] = {}
+        bar = tqdm(total=len(requests), desc="requests", unit="req", disable=not use_tqdm, dynamic_ncols=True)
+        tokens = 0
+        try:
+            for request_id, (text, prompt, params, priority) in zip(ids, requests, strict=True):
+                for message in self.processor.add(request_id, text, prompt, params, priority=priority):
+                    self._finish(self.core.add(message), finished, bar)
+            while len(finished) < len(requests):
+                updates = self.core.step()
+                tokens += sum(len(u.token_ids) for u in updates)
+                if self._finish(updates, finished, bar):
+                    bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
+        finally:
+            bar.close()
+            if len(finished) < len(requests):
+                self.core.abort(self.processor.drop([i for i in ids if i not in finished]))
+            while self.core.has_work:  # the overlapped step that is still out
+                self.core.step()
+        return [finished[i] for i in ids]
+
+    def _finish(self, updates: list[Any], finished: dict[str, RequestOutput], bar: Any) -> int:
+        """Collects the requests that these updates end; returns their number."""
+        if not updates:
+            return 0
+        outputs, aborts = self.processor.process(updates)
+        if aborts:
+            self.core.abort(aborts)
+        ended = [o for o in outputs if o.finished]
+        for output in ended:
+            finished[output.request_id] = output
+        bar.update(len(ended))
+        return len(ended)
+
+
+def _is_one(prompts: Any) -> bool:
+    """One prompt rather than a list of them."""
+    return isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
