@@ -39,5 +39,6 @@ def _download(name: str, revision: str | None) -> Path:
             ignore_patterns=["*/*", "consolidated*"],  # the vendors' own formats of the same weights
         )
     except Exception as e:  # not found, gated, no network, no space: the library's words say which
-        raise ConfigError(f"model: '{name}' is neither a folder here nor could it be fetched from the hub: {str(e).strip()}") from e
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"model: '{name}' is neither a folder here nor could it be fetched from the hub: {reason}") from e
     return Path(folder)
