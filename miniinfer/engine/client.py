@@ -92,7 +92,7 @@ class AsyncEngine:
         self.tokenizer: Tokenizer | None = None
         self._chat_template = chat_template
         self._core = core
-        self._processor = OutputProcessor(None)
+        self._processor = OutputProcessor(None, deltas=True)
         self._streams: dict[str, _Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._reply_ids = itertools.count()
@@ -124,7 +124,7 @@ class AsyncEngine:
             if isinstance(e, TimeoutError):
                 raise TimeoutError(f"the engine did not start within {timeout:g} s") from None
             raise
-        self._processor = OutputProcessor(self.tokenizer)
+        self._processor = OutputProcessor(self.tokenizer, deltas=True)
 
     def _load_tokenizer(self) -> Tokenizer | None:
         if self.config.skip_tokenizer_init:
@@ -243,8 +243,8 @@ class AsyncEngine:
         if stream is None:
             return
         last, ids = self._processor.abort(request_id)
-        if last is not None:
-            stream.put(last)
+        for delta in last:
+            stream.put(delta)
         if ids and self._dead is None:
             self._send(Abort(ids))
 
@@ -335,9 +335,10 @@ class AsyncEngine:
         self._dead = error
         if not self._stopping:
             log.error("%s", error)
-        for request_id in list(self._streams):
-            self._processor.abort(request_id)
-            self._streams.pop(request_id).fail(_fresh(error))
+        self._processor.drop(self._streams)
+        for stream in self._streams.values():
+            stream.fail(_fresh(error))
+        self._streams.clear()
         for future in [*self._replies.values(), *([self._ready] if self._ready else [])]:
             if not future.done():
                 future.set_exception(_fresh(error))

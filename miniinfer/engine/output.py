@@ -6,7 +6,7 @@ Owns the checks on a request that need the model's facts (`validate`), the state
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,69 +88,70 @@ class StopStrings:
 # ---------------------------------------------------------------------------------------------------- open requests
 
 
+class _Request:
+    """An open request: what its caller gave, and those of its sequences that still run."""
+
+    __slots__ = ("params", "result", "running")
+
+    def __init__(self, params: SamplingParams, result: RequestOutput) -> None:
+        self.params = params
+        self.result = result  # whole, or what is new in this call of `process`
+        self.running: set[str] = set()  # ids of sequences
+
+
 class _Sequence:
     """One of a request's samples while it runs."""
 
-    __slots__ = ("count", "detokenizer", "id", "index", "request", "stops")
+    __slots__ = ("count", "detokenizer", "id", "index", "output", "request", "stops")
 
     def __init__(self, id: str, index: int, request: _Request, tokenizer: Tokenizer | None) -> None:
         params = request.params
         self.id = id
         self.index = index
         self.request = request
+        self.output: CompletionOutput | None = None  # like the request's result
         self.count = 0  # tokens so far
-        self.detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, request.prompt_token_ids) if tokenizer and params.detokenize else None
-        self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self.detokenizer: Detokenizer | None = None
+        self.stops: StopStrings | None = None
+        if tokenizer is not None and params.detokenize:
+            self.detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, request.result.prompt_token_ids)
+            self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
 
     def text(self, update: SequenceUpdate) -> tuple[str, int, str | None]:
-        """What these tokens add to the text, how many of them count, and the stop string that they completed."""
+        """What an update's tokens add to the text, how many of them count, and the stop string that they completed."""
         ids, params = update.token_ids, self.request.params
-        ends = update.finish_reason is not None
-        by_token = update.finish_reason == "stop" and not params.include_stop_str_in_output
-        shown = ids[:-1] if by_token else ids  # the token that ended it is kept, but not shown
-        before, self.count = self.count, self.count + len(ids)
         if self.detokenizer is None:
             return "", len(ids), None
+        by_token = update.finish_reason == "stop" and not params.include_stop_str_in_output
+        shown = ids[:-1] if by_token else ids  # the token that ended it is kept, but not shown
         if self.stops is None:
             return self.detokenizer.push(shown), len(ids), None
         text = ""
+        before, self.count = self.count, self.count + len(ids)
         for i, token in enumerate(shown, 1):  # one by one, so as to know which of them completed a stop string
             safe, stop = self.stops.push(self.detokenizer.push((token,)), before + i >= params.min_tokens)
             text += safe
             if stop is not None:
                 return text, i, stop
-        return (text + self.stops.flush() if ends else text), len(ids), None
-
-
-class _Request:
-    """An open request: what its caller gave, and those of its sequences that still run."""
-
-    __slots__ = ("id", "params", "prompt", "prompt_token_ids", "running")
-
-    def __init__(self, id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        self.id = id
-        self.prompt = prompt
-        self.prompt_token_ids = prompt_token_ids
-        self.params = params
-        self.running: set[str] = set()  # ids of sequences
+        return (text if update.finish_reason is None else text + self.stops.flush()), len(ids), None
 
 
 class OutputProcessor:
-    """Requests out of the engine's sequences. `add` opens a request, `process` turns updates into deltas, which `merge` adds up.
+    """Requests out of the engine's sequences: `add` opens a request, `process` turns updates into its output.
 
     Costs O(new tokens) an update. Without a tokenizer, results carry no text."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, deltas: bool = False) -> None:
+        """`deltas`: `process` returns what is new of every request it touches, to be added up with `merge`; otherwise it returns requests
+        that have finished, whole."""
         self._tokenizer = tokenizer
+        self._deltas = deltas
         self._requests: dict[str, _Request] = {}
         self._sequences: dict[str, _Sequence] = {}
 
     def __len__(self) -> int:
         """Open requests."""
         return len(self._requests)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._requests
 
     def add(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
@@ -159,78 +160,97 @@ class OutputProcessor:
         them: siblings share the prompt's pages. ValueError if the id is already open."""
         if request_id in self._requests:
             raise ValueError(f"request_id: {request_id!r} is already running")
-        request = self._requests[request_id] = _Request(request_id, prompt, prompt_token_ids, params)
+        request = self._requests[request_id] = _Request(params, RequestOutput(request_id, prompt, prompt_token_ids, [], False))
         if params.n == 1:
             ids, group, each = [request_id], None, params
         else:
             ids, group, each = [f"{request_id}#{i}" for i in range(params.n)], request_id, msgspec.structs.replace(params, n=1)
         for index, id in enumerate(ids):
-            self._sequences[id] = _Sequence(id, index, request, self._tokenizer)
+            sequence = self._sequences[id] = _Sequence(id, index, request, self._tokenizer)
             request.running.add(id)
+            if not self._deltas:
+                sequence.output = CompletionOutput(index, "", [])
+                request.result.outputs.append(sequence.output)
         return [Add(id, prompt_token_ids, each, priority, group, cache_salt) for id in ids]
 
     def process(self, updates: Sequence[SequenceUpdate]) -> tuple[list[RequestOutput], list[str]]:
-        """One delta for each request that these updates touch (its outputs hold only the new part of samples that have one), and the
-        sequences that the engine must now abort. Updates of sequences that are no longer open are dropped."""
-        deltas: dict[str, RequestOutput] = {}
+        """Takes in a step's updates; those of sequences that are no longer open are dropped. Returns results, as `deltas` says, and the
+        sequences that the engine must now abort. A delta's outputs are those of samples that have something new."""
+        touched: dict[str, RequestOutput] = {}
+        fresh: list[_Sequence] = []
         aborts: list[str] = []
         for update in updates:
             sequence = self._sequences.get(update.id)
             if sequence is None:
                 continue
             request = sequence.request
-            delta = deltas.get(request.id)
-            if delta is None:
-                delta = deltas[request.id] = RequestOutput(request.id, request.prompt, request.prompt_token_ids, [], False)
-            new = self._advance(sequence, update)
-            delta.outputs.append(new)
+            result = request.result
+            if sequence.output is None:
+                sequence.output = CompletionOutput(sequence.index, "", [])
+                result.outputs.append(sequence.output)
+                fresh.append(sequence)
+            self._advance(sequence, sequence.output, update)
             if sequence.index == 0:  # its siblings find the prompt in the cache because of it
-                delta.num_cached_tokens = update.cached_tokens
+                result.num_cached_tokens = update.cached_tokens or result.num_cached_tokens
                 if update.prompt_logprobs is not None and request.params.prompt_logprobs is not None:
-                    delta.prompt_logprobs = self._prompt_logprobs(update.prompt_logprobs, request.params.prompt_logprobs)
-            if new.finish_reason is not None:
-                self._close(sequence)
-                if update.finish_reason is None:
-                    aborts.append(update.id)
-                if new.finish_reason == "error":  # one failed sample fails the request
-                    delta.error = update.error or "the engine gave no reason"
-                    aborts += self._drop(request)
-            delta.finished = not request.running
-        return list(deltas.values()), aborts
+                    result.prompt_logprobs = self._prompt_logprobs(update.prompt_logprobs, request.params.prompt_logprobs)
+            if sequence.output.finish_reason is not None:
+                aborts += self._end(sequence, update)
+            if self._deltas or result.finished:
+                touched[result.request_id] = result
+        for sequence in fresh:  # the next call begins a new delta
+            sequence.output = None
+            old = sequence.request.result
+            sequence.request.result = RequestOutput(old.request_id, old.prompt, old.prompt_token_ids, [], False)
+        return list(touched.values()), aborts
 
-    def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
-        """Ends a request. Returns its last delta (finish_reason "abort") and the sequences that the engine must abort; nothing if it is not open."""
+    def abort(self, request_id: str) -> tuple[list[RequestOutput], list[str]]:
+        """Ends a request; its running samples get finish_reason "abort". Returns like `process`; nothing if the request is not open."""
         request = self._requests.get(request_id)
-        if request is None:
-            return None, []
-        running = sorted(request.running)
-        deltas, _ = self.process([SequenceUpdate(id, [], "abort") for id in running])
-        return deltas[0], running
+        running = sorted(request.running) if request else []
+        results, _ = self.process([SequenceUpdate(id, [], "abort") for id in running])
+        return results, running
 
-    def _drop(self, request: _Request) -> list[str]:
-        ids = sorted(request.running)
+    def drop(self, request_ids: Iterable[str]) -> list[str]:
+        """Forgets requests, without any result. Returns their running sequences, for the engine to abort."""
+        ids = [id for request_id in request_ids if request_id in self._requests for id in sorted(self._requests[request_id].running)]
         for id in ids:
             self._close(self._sequences[id])
         return ids
+
+    def _end(self, sequence: _Sequence, update: SequenceUpdate) -> list[str]:
+        """A sequence's output is complete. Returns what the engine does not know to be over: itself after a stop string, its siblings after an
+        error, because one failed sample fails the request."""
+        result = sequence.request.result
+        self._close(sequence)
+        aborts = [sequence.id] if update.finish_reason is None else []
+        if update.finish_reason == "error":
+            result.error = update.error or "the engine gave no reason"
+            aborts += self.drop([result.request_id])
+        result.finished = not sequence.request.running
+        return aborts
 
     def _close(self, sequence: _Sequence) -> None:
         running = sequence.request.running
         running.discard(sequence.id)
         del self._sequences[sequence.id]
         if not running:
-            del self._requests[sequence.request.id]
+            del self._requests[sequence.request.result.request_id]
 
-    def _advance(self, sequence: _Sequence, update: SequenceUpdate) -> CompletionOutput:
+    def _advance(self, sequence: _Sequence, output: CompletionOutput, update: SequenceUpdate) -> None:
         text, count, stop = sequence.text(update)
-        new = CompletionOutput(sequence.index, text, update.token_ids[:count], None, None, update.finish_reason, update.stop_reason)
+        output.text += text
+        output.token_ids += update.token_ids[:count]
         if stop is not None:
-            new.finish_reason, new.stop_reason = "stop", stop
+            output.finish_reason, output.stop_reason = "stop", stop
+        elif update.finish_reason is not None:
+            output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
         alternatives = sequence.request.params.logprobs
         if alternatives is not None:
             entries = (update.logprobs or [])[:count]
-            new.cumulative_logprob = sum(entry.logprobs[0] for entry in entries)
-            new.logprobs = [self._logprobs(entry, alternatives) for entry in entries]
-        return new
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(entry.logprobs[0] for entry in entries)
+            output.logprobs = output.logprobs or []
+            output.logprobs += [self._logprobs(entry, alternatives) for entry in entries]
 
     def _logprobs(self, entry: TokenLogprobs, alternatives: int) -> dict[int, Logprob]:
         """The token itself and then the `alternatives` likeliest, by id; the engine may send more, because another request wants them."""
@@ -239,6 +259,7 @@ class OutputProcessor:
         return {token: Logprob(logprob, rank, text(token) if text else None) for token, logprob, rank in rows}
 
     def _prompt_logprobs(self, entries: list[TokenLogprobs], alternatives: int) -> list[dict[int, Logprob] | None]:
+        """One entry per prompt token; nothing comes before the first."""
         return [None, *(self._logprobs(entry, alternatives) for entry in entries)]
 
 
