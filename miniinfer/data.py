@@ -98,6 +98,7 @@ class Request:
     stop_ids: frozenset[int]  # end-of-text and stop token ids that end this request
     key: tuple[float, int]  # admission order, lowest first: see scheduler.py
     namespace: str = ""  # prefix-cache namespace: requests share pages only within one
+    group: str | None = None  # siblings (n > 1) carry the same one
     leader: Request | None = None  # the sibling (n > 1) whose prompt pages this one waits for
     status: Status = Status.WAITING
     row: int = -1
@@ -106,6 +107,7 @@ class Request:
     cached_tokens: int = 0  # of the first admission's prompt, found in the cache
     preemptions: int = 0
     pages: Any = None  # cache/manager.py's record of the pages held
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # gathered chunk by chunk, if wanted
 
     @property
     def total(self) -> int:

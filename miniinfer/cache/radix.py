@@ -1,0 +1,284 @@
+"""The prefix tree: which token prefixes have their KV in which pages, and which of those pages may be evicted next.
+
+Owns nodes, matching and eviction order. Knows neither requests nor page tables (manager.py) and decides no admission (scheduler.py).
+
+One node is one page of tokens below its parent, holding one page per state kind. A node with fewer tokens than a page is a *tail*: where
+a sequence ended; it never has children. Radix reuse after SGLang's RadixAttention [Zheng et al. 2024], here page by page.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from miniinfer.cache.pool import PagePool
+
+TOKEN_BYTES = 4
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    """Token ids as a tree key, TOKEN_BYTES each."""
+    return array("I", tokens).tobytes()
+
+
+class Node:
+    """A page of tokens in the tree. Two counts protect it from eviction:
+
+    `users`: requests whose path runs through it; protects the node and its pages of full-attention kinds.
+    `refs[k]`: requests that read its page of sliding kind k; a sliding page may go while the node stays (pages[k] becomes 0)."""
+
+    __slots__ = ("children", "key", "keys", "pages", "parent", "refs", "users")
+
+    def __init__(self, parent: Node | None, key: bytes, pages: list[int]) -> None:
+        self.parent = parent
+        self.key = key
+        self.pages = pages  # per kind, 0 = none
+        self.users = 0
+        self.refs = [0] * len(pages)
+        self.children: dict[bytes, Node] = {}
+        self.keys: list[bytes] = []  # the children's keys, sorted: the longest common prefix is with a neighbour
+
+    def closest(self, key: bytes) -> tuple[Node | None, int]:
+        """The child that shares the most leading tokens with `key`, and how many."""
+        at = bisect_left(self.keys, key)
+        best, common = None, 0
+        for near in self.keys[max(0, at - 1) : at + 1]:
+            shared = _common_tokens(near, key)
+            if shared > common:
+                best, common = self.children[near], shared
+        return best, common
+
+
+def _common_tokens(a: bytes, b: bytes) -> int:
+    size = min(len(a), len(b))
+    differ = int.from_bytes(a[:size], "big") ^ int.from_bytes(b[:size], "big")
+    return (size - (differ.bit_length() + 7) // 8) // TOKEN_BYTES
+
+
+class LRU:
+    """Eviction policy: least recently released first.
+
+    A policy must never name an idle node before its idle descendants. LRU keeps that by itself, because whoever uses a node uses its
+    ancestors too, and lets go of them later (paths are released from the end)."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[Node, None] = OrderedDict()
+
+    def add(self, node: Node) -> None:
+        self._order[node] = None
+
+    def discard(self, node: Node) -> None:
+        self._order.pop(node, None)
+
+    def pop(self) -> Node:
+        return self._order.popitem(last=False)[0]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._order)
+
+
+@dataclass(slots=True)
+class Match:
+    """A usable prefix: whole pages of `nodes`, then, if `source` is given, the first tokens of its page, to be copied."""
+
+    nodes: list[Node]
+    source: Node | None
+    length: int  # tokens
+    whole: int  # leading nodes that are usable without the source
+
+    def without_source(self, page_size: int) -> Match:
+        return Match(self.nodes[: self.whole], None, self.whole * page_size, self.whole)
+
+
+NO_MATCH = Match([], None, 0, 0)
+
+
+class RadixTree:
+    """One tree over all namespaces: a namespace is a child of the root without pages. `windows` per kind, 0 = full attention."""
+
+    def __init__(self, windows: Sequence[int], page_size: int, pools: Sequence[PagePool]) -> None:
+        self.windows = tuple(windows)
+        self.page_size = page_size
+        self.sliding = tuple(k for k, window in enumerate(windows) if window)
+        self.root = Node(None, b"", [])
+        self.evictions = 0
+        self._pools = pools
+        self.idle = LRU()  # nodes on nobody's path
+        self.idle_pages = {k: LRU() for k in self.sliding}  # nodes whose page of that kind nobody reads
+
+    # ---------------------------------------------------------------------------------------------------- lookup
+
+    def namespace(self, name: str) -> Node:
+        """The node below which a namespace's prefixes live, made if need be; lock it to keep it."""
+        key = name.encode("utf-8", "surrogatepass")
+        node = self.root.children.get(key)
+        if node is None:
+            node = self._attach(self.root, key, [])
+        return node
+
+    def match(self, name: str, tokens: Sequence[int], limit: int) -> Match:
+        """The longest prefix of tokens[:limit] from which computation can go on.
+
+        A full kind needs its pages on the whole path (nodes always have them); a sliding kind of window w only those that cover the
+        last w - 1 tokens before the end, so where such a page was evicted the end moves back."""
+        node = self.root.children.get(name.encode("utf-8", "surrogatepass"))
+        if node is None or limit <= 0:
+            return NO_MATCH
+        packed, width = pack(tokens[:limit]), self.page_size * TOKEN_BYTES
+        path: list[Node] = []
+        usable = 0  # leading nodes after which computation can go on
+        present = dict.fromkeys(self.sliding, 0)  # per sliding kind: since which index no page is missing
+        while (child := node.children.get(packed[len(path) * width : (len(path) + 1) * width])) is not None and len(child.key) == width:
+            node = child
+            path.append(node)
+            for k in self.sliding:
+                if not node.pages[k]:
+                    present[k] = len(path)
+            if self._covered(present, len(path) * self.page_size):
+                usable = len(path)
+        source, common = node.closest(packed[len(path) * width : (len(path) + 1) * width])
+        if source is not None and all(source.pages[k] for k in self.sliding):
+            length = len(path) * self.page_size + common
+            if self._covered(present, length):
+                return Match(path, source, length, usable)
+        return Match(path[:usable], None, usable * self.page_size, usable)
+
+    def first_needed(self, kind: int, position: int) -> int:
+        """Index of the first page that computing `position` and later ones reads."""
+        window = self.windows[kind]
+        return max(0, position - window + 1) // self.page_size if window else 0
+
+    def _covered(self, present: dict[int, int], end: int) -> bool:
+        return all(self.first_needed(k, end) >= since for k, since in present.items())
+
+    # ------------------------------------------------------------------------------------------------------ usage
+
+    def lock(self, node: Node) -> None:
+        if node.users == 0:
+            self.idle.discard(node)
+        node.users += 1
+
+    def unlock(self, node: Node) -> None:
+        """Undoes one lock. Unlock a path from its end: the eviction order rests on it."""
+        node.users -= 1
+        if node.users == 0:
+            if node.pages:  # a namespace holds none, so it is never evicted, only pruned
+                self.idle.add(node)
+            self._prune(node)
+
+    def hold(self, node: Node, kind: int) -> None:
+        """Protects a node's page of a sliding kind."""
+        if node.refs[kind] == 0:
+            self.idle_pages[kind].discard(node)
+        node.refs[kind] += 1
+
+    def drop(self, node: Node, kind: int) -> None:
+        """Undoes one hold."""
+        node.refs[kind] -= 1
+        if node.refs[kind] == 0:
+            self.idle_pages[kind].add(node)
+
+    # ------------------------------------------------------------------------------------------------ growth, decay
+
+    def insert(self, parent: Node, key: bytes, pages: list[int]) -> Node:
+        """A new child that owns `pages` from now on, idle until locked and held. A tail that it extends has become superfluous."""
+        at = bisect_left(parent.keys, key)
+        if at and key.startswith(parent.keys[at - 1]):
+            shorter = parent.children[parent.keys[at - 1]]
+            if shorter.users == 0:
+                self._remove(shorter)
+        return self._attach(parent, key, pages)
+
+    def covers(self, parent: Node, key: bytes) -> bool:
+        """Does some child start with `key`?"""
+        at = bisect_left(parent.keys, key)
+        return at < len(parent.keys) and parent.keys[at].startswith(key)
+
+    def adopt(self, node: Node, kind: int, page: int) -> None:
+        """Gives a node the page of a sliding kind that it had lost."""
+        node.pages[kind] = page
+        self.idle_pages[kind].add(node)
+
+    def num_evictable(self, kind: int) -> int:
+        return len(self.idle_pages[kind]) if self.windows[kind] else len(self.idle)
+
+    def evict(self, kind: int) -> None:
+        """Frees one page of a kind (a full kind's page takes its node, and the node's pages of other kinds, with it)."""
+        self.evictions += 1
+        if not self.windows[kind]:
+            node = self.idle.pop()
+            parent = node.parent
+            self._remove(node)
+        else:
+            node = parent = self.idle_pages[kind].pop()
+            self._pools[kind].free(node.pages[kind])
+            node.pages[kind] = 0
+        assert parent is not None
+        self._prune(parent)
+
+    def clear(self) -> None:
+        """Drops every node and page that no request uses."""
+        while len(self.idle):
+            node = self.idle.pop()
+            parent = node.parent
+            self._remove(node)
+            assert parent is not None
+            self._prune(parent)
+        for k in self.sliding:  # left over: pages behind the windows of running requests
+            while len(self.idle_pages[k]):
+                node = self.idle_pages[k].pop()
+                self._pools[k].free(node.pages[k])
+                node.pages[k] = 0
+
+    def clear_namespace(self, name: str) -> None:
+        """Drops a namespace of which no request uses any node."""
+        top = self.root.children.get(name.encode("utf-8", "surrogatepass"))
+        if top is None:
+            return
+        for node in reversed(list(self.walk(top))):  # children before parents
+            self._remove(node)
+
+    def walk(self, node: Node) -> Iterator[Node]:
+        """A node and everything below it, parents first."""
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _attach(self, parent: Node, key: bytes, pages: list[int]) -> Node:
+        node = Node(parent, key, pages)
+        parent.children[key] = node
+        parent.keys.insert(bisect_left(parent.keys, key), key)
+        if pages:
+            self.idle.add(node)
+        for k in self.sliding:
+            if pages and pages[k]:
+                self.idle_pages[k].add(node)
+        return node
+
+    def _remove(self, node: Node) -> None:
+        """Takes a leaf that nobody uses out of the tree and frees its pages."""
+        self.idle.discard(node)
+        for k, page in enumerate(node.pages):
+            if page:
+                self._pools[k].free(page)
+                if self.windows[k]:
+                    self.idle_pages[k].discard(node)
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        del parent.keys[bisect_left(parent.keys, node.key)]
+
+    def _prune(self, node: Node) -> None:
+        """Removes a node that has become useless (no pages, children or users), then its parent if that has, and so on."""
+        while node.parent is not None and not (node.users or node.children or any(node.pages)):
+            parent = node.parent
+            self._remove(node)
+            node = parent

@@ -1,0 +1,382 @@
+"""The scheduler: which requests compute how many tokens in the next step, and what becomes of a step's results.
+
+Owns requests from Add to their end: the queue, device rows, stop rules. Plain Python over plain data: time is passed in, pages are
+cache/manager.py's, and nobody here knows of devices. `plan = schedule(now)`; the plan is executed; `updates = apply(plan, result)`.
+
+Contract with the loop: every plan is executed, in the order made; results are applied in the same order, each at most one plan late (depth 1).
+There is no prefill and no decode: a request has `computed` and `total` tokens, and a step moves `computed` towards `total`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from miniinfer.cache.manager import CacheManager, PageEntry
+from miniinfer.data import Add, Request, RowInit, SequenceUpdate, Status, StepPlan, StepResult, TokenLogprobs
+
+SECONDS_PER_PRIORITY = 30.0  # a request of priority p is treated as if it had come p times this later, so nobody starves
+RETRY_STEPS = 8  # how often a blocked head of the queue is tried again although no page was freed
+RUNNING_PER_HEADROOM_PAGE = 4  # admission leaves a page per so many running requests, so that it does not cause a preemption at once
+
+
+@dataclass(slots=True)
+class _Group:
+    """Siblings (n > 1) of one API request."""
+
+    leader: Request
+    seen: int = 0
+    alive: int = 0
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, priorities, preemption and prefix reuse.
+
+    Order of everything is the request's key, (arrival + 30 s * priority, counter), lowest first: admission takes the lowest key, preemption
+    the highest. The lowest key therefore always makes progress."""
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+        seed: int = 0,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens: {max_num_batched_tokens} is less than one token for each of {max_num_seqs} requests")
+        self.cache = cache
+        self._budget = max_num_batched_tokens
+        self._max_chunk = min(max_num_batched_tokens, cache.max_chunk)
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos_token_ids)
+        self._seed = seed
+        self._requests: dict[str, Request] = {}  # all that live
+        self._waiting: list[tuple[tuple[float, int], Request]] = []  # heap
+        self._running: list[Request] = []  # sorted by key
+        self._num_rows = max_num_seqs
+        self._rows = list(range(max_num_seqs))  # free ones, heap: low rows first keep batches compact
+        self._groups: dict[str, _Group] = {}
+        self._planned: dict[int, list[Request]] = {}  # per step in flight, aligned with the plan's rows
+        self._steps = 0
+        self._arrivals = 0
+        self._blocked: tuple[Request, int, list[int]] | None = None  # head that did not fit, step, pages available then
+        self._counts = {"finished": 0, "preemptions": 0, "prompt_tokens": 0, "generated_tokens": 0}
+
+    # ------------------------------------------------------------------------------------------------ coming and going
+
+    def add(self, message: Add, now: float) -> SequenceUpdate | None:
+        """Takes a sequence in; `now` in seconds, of any clock that only rises. An update with an error if it can never run."""
+        error = self._refusal(message)
+        if error:
+            return SequenceUpdate(message.id, [], "error", error=error)
+        params, size = message.params, len(message.prompt)
+        limit = min(self._max_model_len, self.cache.max_tokens)
+        self._arrivals += 1
+        request = Request(
+            id=message.id,
+            prompt_len=size,
+            tokens=list(message.prompt),
+            params=params,
+            seed=0,
+            max_total=limit if params.max_tokens is None else min(size + params.max_tokens, limit),
+            stop_ids=(frozenset() if params.ignore_eos else self._eos) | frozenset(params.stop_token_ids or ()),
+            key=(now + SECONDS_PER_PRIORITY * message.priority, self._arrivals),
+            namespace=message.cache_salt,
+            group=message.group,
+        )
+        sibling = self._join_group(request)
+        if params.seed is None:
+            digest = hashlib.blake2b(f"{self._seed}/{self._arrivals}".encode(), digest_size=8).digest()
+            request.seed = int.from_bytes(digest, "little", signed=True)
+        else:
+            request.seed = (params.seed + sibling + 2**63) % 2**64 - 2**63
+        self.cache.join(request)
+        self._requests[request.id] = request
+        heapq.heappush(self._waiting, (request.key, request))
+        return None
+
+    def abort(self, ids: Iterable[str]) -> list[SequenceUpdate]:
+        """Ends sequences at once, whatever their state; rows and pages are free on return. Unknown ids are ignored."""
+        ended = [self._requests[i] for i in ids if i in self._requests]
+        for request in ended:
+            self._finish(request, aborted=True)
+        self._drop_finished()
+        return [SequenceUpdate(request.id, [], "abort", cached_tokens=request.cached_tokens) for request in ended]
+
+    def _refusal(self, message: Add) -> str | None:
+        size = len(message.prompt)
+        if message.id in self._requests:
+            return f"id: {message.id!r} is already in use"
+        if size == 0:
+            return "prompt: must have at least one token"
+        if min(message.prompt) < 0 or max(message.prompt) >= 2**31:
+            return "prompt: token ids must be from 0 to 2^31 - 1"
+        if size > self._max_model_len - 1:
+            return f"prompt: {size} tokens leave no room for output, max_model_len is {self._max_model_len}"
+        if size + 1 > self.cache.max_tokens:
+            return f"prompt: {size} tokens need more KV pages than there are (room for {self.cache.max_tokens} tokens); raise num_pages"
+        return None
+
+    def _join_group(self, request: Request) -> int:
+        """Enters a request into its group; its index among the siblings."""
+        if request.group is None:
+            return 0
+        group = self._groups.setdefault(request.group, _Group(request))
+        if group.leader is not request:
+            request.leader = group.leader
+        group.seen += 1
+        group.alive += 1
+        return group.seen - 1
+
+    def _leave_group(self, request: Request, aborted: bool) -> None:
+        if request.group is None:
+            return
+        group = self._groups[request.group]
+        group.alive -= 1
+        # Siblings still to come must get indices of their own, even if the first have finished; unless the request was aborted.
+        if group.alive == 0 and (aborted or group.seen >= request.params.n):
+            del self._groups[request.group]
+
+    def _finish(self, request: Request, aborted: bool = False) -> None:
+        """Frees everything a request has. A step in flight may still compute for it: its result is dropped, and its writes are done
+        before any later plan's (see cache/manager.py). The caller drops finished requests from the running list."""
+        if request.status is Status.RUNNING:
+            self._give_back(request)
+        else:
+            self._waiting.remove((request.key, request))
+            heapq.heapify(self._waiting)
+        request.status = Status.FINISHED
+        del self._requests[request.id]
+        self.cache.leave(request)
+        self._leave_group(request, aborted)
+        self._counts["finished"] += 1
+
+    def _give_back(self, request: Request) -> None:
+        self.cache.release(request)
+        heapq.heappush(self._rows, request.row)
+        request.row = -1
+
+    def _drop_finished(self) -> None:
+        self._running = [r for r in self._running if r.status is Status.RUNNING]
+
+    # ------------------------------------------------------------------------------------------------------- planning
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None if nothing can be computed now (no work, or all of it waits for results in flight)."""
+        plan = StepPlan(self._steps, [], [], [], [], [], [], [])
+        preemptions = self._counts["preemptions"]
+        work, budget = self._plan_running(plan.page_entries)
+        if not work or preemptions == self._counts["preemptions"]:  # where pages were short, newcomers would make them shorter
+            self._plan_waiting(work, budget, plan)
+        self.cache.end_plan()
+        if not work:
+            return None
+        self._advance(work, plan)
+        self._planned[plan.step] = [request for request, _ in work]
+        self._steps += 1
+        return plan
+
+    def _plan_running(self, entries: list[PageEntry]) -> tuple[list[tuple[Request, int]], int]:
+        """(request, tokens) pairs of running requests, and the token budget left over.
+
+        Budget goes to decodes first, so that long prompts never hold them up. Pages go by key: a request short of pages takes them from
+        the highest key, whose turn has not come, so nothing already planned is undone."""
+        running, work = self._running, []
+        budget = self._budget - sum(1 for r in running if len(r.tokens) + r.in_flight - r.computed == 1)
+        turn = 0
+        while turn < len(running):
+            request = running[turn]
+            turn += 1
+            total = len(request.tokens) + request.in_flight
+            if total >= request.max_total:  # its last token is in flight
+                continue
+            count = total - request.computed
+            if count > 1:
+                count = min(count, budget, self._max_chunk)
+                if count <= 0:
+                    continue
+                budget -= count
+            if request.computed + count > request.pages.capacity and not self._make_room(request, count, entries):
+                break
+            work.append((request, count))
+        return work, budget
+
+    def _make_room(self, request: Request, count: int, entries: list[PageEntry]) -> bool:
+        """Pages for `count` more tokens, if need be at the cost of the highest keys; False if that was the request itself."""
+        while not self.cache.extend(request, request.computed + count, entries):
+            victim = self._running.pop()
+            self._give_back(victim)
+            victim.status, victim.computed = Status.WAITING, 0
+            victim.preemptions += 1
+            self._counts["preemptions"] += 1
+            heapq.heappush(self._waiting, (victim.key, victim))
+            if victim is request:
+                return False
+        return True
+
+    def _plan_waiting(self, work: list[tuple[Request, int]], budget: int, plan: StepPlan) -> None:
+        """Admits from the queue while rows, budget and pages last. A request that does not fit holds up those behind it; one that
+        waits for its leader's prompt pages does not."""
+        held = []
+        while self._waiting and self._rows and budget > 0:
+            request = self._waiting[0][1]
+            leader = request.leader
+            if leader is not None and leader.status is Status.RUNNING and leader.computed < leader.prompt_len - 1:
+                held.append(heapq.heappop(self._waiting))
+                continue
+            if request.in_flight or not self._admit(request, plan):
+                break
+            count = min(len(request.tokens) - request.computed, budget, self._max_chunk)
+            budget -= count
+            if request.computed + count > request.pages.capacity and not self.cache.extend(request, request.computed + count, plan.page_entries):
+                raise RuntimeError("an admitted request has no pages for its first chunk")
+            work.append((request, count))
+        for entry in held:
+            heapq.heappush(self._waiting, entry)
+
+    def _admit(self, request: Request, plan: StepPlan) -> bool:
+        """Moves the head of the queue to the running list, with a row and pages; False if it does not fit."""
+        available = [self.cache.num_available(k) for k in range(len(self.cache.kinds))]
+        if self._running and self._blocked is not None:
+            head, step, before = self._blocked
+            if head is request and self._steps < step + RETRY_STEPS and all(a <= b for a, b in zip(available, before, strict=True)):
+                return False  # spares matching a long prompt again in every step
+        request.row = self._rows[0]
+        headroom = -(-len(self._running) // RUNNING_PER_HEADROOM_PAGE)
+        if not self.cache.admit(request, self._max_chunk, headroom, plan.page_entries, plan.copies):
+            request.row = -1
+            self._blocked = (request, self._steps, available)
+            return False
+        heapq.heappop(self._rows)
+        heapq.heappop(self._waiting)
+        insort(self._running, request, key=lambda r: r.key)
+        request.status, request.leader, self._blocked = Status.RUNNING, None, None
+        plan.inits.append(RowInit(request.row, request.tokens.copy(), request.prompt_len, request.seed, request.params, sorted(request.stop_ids)))
+        return True
+
+    def _advance(self, work: list[tuple[Request, int]], plan: StepPlan) -> None:
+        """Writes the plan's rows and moves the requests on as if it were done: whatever is planned next is executed after it."""
+        for request, count in work:
+            start = request.computed
+            end = request.computed = start + count
+            sample = end == len(request.tokens) + request.in_flight
+            plan.rows.append(request.row)
+            plan.starts.append(start)
+            plan.counts.append(count)
+            plan.samples.append(sample)
+            params = request.params
+            if sample:
+                request.in_flight += 1
+                if params.logprobs is not None and params.logprobs > plan.logprobs:
+                    plan.logprobs = params.logprobs
+            if start < request.prompt_len:
+                self._counts["prompt_tokens"] += min(end, request.prompt_len) - start
+                if params.prompt_logprobs is not None and max(start, len(request.prompt_logprobs)) < request.prompt_len - 1:
+                    plan.prompt_logprobs.append(len(plan.rows) - 1)
+            if count > 1:  # many tokens are known ones; siblings and other requests can share them from the next plan on
+                self.cache.commit(request)
+
+    # -------------------------------------------------------------------------------------------------------- results
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """A step's results: tokens appended, stop rules, finished requests freed. Results of requests that have ended are dropped."""
+        updates: list[SequenceUpdate] = []
+        requests = self._planned.pop(plan.step)
+        finished = self._counts["finished"]
+        for index, request in enumerate(requests):
+            if request.status is Status.FINISHED:  # aborted or stopped meanwhile: the one rule for late results
+                continue
+            if result.prompt_logprobs and index in result.prompt_logprobs:
+                self._gather_prompt_logprobs(request, plan.starts[index], result.prompt_logprobs[index])
+            if plan.samples[index]:
+                request.in_flight -= 1
+                logprobs = result.logprobs[index] if result.logprobs is not None and request.params.logprobs is not None else None
+                updates.append(self._append(request, result.tokens[index], logprobs))
+        if self._counts["finished"] != finished:
+            self._drop_finished()
+        return updates
+
+    def _append(self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None) -> SequenceUpdate:
+        """Appends sampled tokens until a stop rule holds; the stop token itself is part of the output."""
+        tokens, params = request.tokens, request.params
+        prompt_logprobs = request.prompt_logprobs if params.prompt_logprobs is not None and len(tokens) == request.prompt_len else None
+        finish: str | None = None
+        stop: int | None = None
+        taken = 0
+        for token in new:
+            tokens.append(token)
+            taken += 1
+            if token in request.stop_ids and len(tokens) - request.prompt_len >= params.min_tokens:
+                finish = "stop"
+                stop = None if token in self._eos and not params.ignore_eos else token
+                break
+            if len(tokens) >= request.max_total:
+                finish = "length"
+                break
+        self._counts["generated_tokens"] += taken
+        if finish is not None:
+            self._finish(request)
+        if logprobs is not None:
+            wanted = (params.logprobs or 0) + 1  # the step carries as many alternatives as its most demanding row wants
+            logprobs = [TokenLogprobs(p.token_ids[:wanted], p.logprobs[:wanted], p.ranks[:wanted]) for p in logprobs[:taken]]
+        return SequenceUpdate(request.id, new[:taken], finish, stop, logprobs, prompt_logprobs, request.cached_tokens)
+
+    def _gather_prompt_logprobs(self, request: Request, start: int, found: list[TokenLogprobs]) -> None:
+        """Appends one chunk's; a resumed request computes positions again that it has. The last prompt position predicts output."""
+        have = request.prompt_logprobs
+        have.extend(found[len(have) - start : request.prompt_len - 1 - start])
+
+    # ---------------------------------------------------------------------------------------------------------- state
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages of all kinds that no request holds (free, or cached and evictable)."""
+        return sum(self.cache.num_available(k) for k in range(len(self.cache.kinds)))
+
+    def stats(self) -> dict[str, float]:
+        """Gauges now, and counts since the start."""
+        cache = self.cache
+        used = [1 - cache.num_available(k) / pool.size for k, pool in enumerate(cache.pools)]
+        return {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "kv_usage": max(used),  # share of the scarcest kind's pages that requests hold
+            "prefix_query_tokens": cache.query_tokens,
+            "prefix_hit_tokens": cache.hit_tokens,
+            "evicted_pages": cache.tree.evictions,
+            "steps": self._steps,
+            **self._counts,
+        }
+
+    def check(self) -> None:
+        """Proves the invariants of scheduler and cache. Call between steps; costs time in proportion to the pages. Raises RuntimeError."""
+        self.cache.check(self._running)
+        waiting = [request for _, request in self._waiting]
+        everyone = self._running + waiting
+        _ensure(len(everyone) == len(self._requests) == len({r.id for r in everyone}), "a request is in no place or in two")
+        _ensure(all(self._requests.get(r.id) is r for r in everyone), "a request is known by another's id")
+        _ensure(sorted(self._rows + [r.row for r in self._running]) == list(range(self._num_rows)), "a row is in no place or in two")
+        _ensure(all(a.key < b.key for a, b in zip(self._running, self._running[1:], strict=False)), "running requests are out of order")
+        _ensure(all(r.status is Status.RUNNING for r in self._running), "a request on the running list is not running")
+        for r in waiting:
+            _ensure(r.status is Status.WAITING and r.row == -1 and r.pages is None and r.computed == 0, "a waiting request holds something")
+        launched = [r for requests in self._planned.values() for r in requests]
+        for r in everyone:
+            _ensure(0 <= r.in_flight <= sum(r is other for other in launched), "a token is in flight without a step")
+            _ensure(r.computed <= len(r.tokens) + r.in_flight <= r.max_total, "a request has run past its end")
+        _ensure(sum(g.alive for g in self._groups.values()) == sum(r.group is not None for r in everyone), "a group's size is wrong")
+
+
+def _ensure(ok: bool, message: str) -> None:
+    if not ok:
+        raise RuntimeError(f"scheduler: {message}")
