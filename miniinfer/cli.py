@@ -222,9 +222,9 @@ def _read(path: str) -> str:
 
 def _engine(args: argparse.Namespace) -> Any:
     """An LLM in this process, from the EngineConfig options among `args`."""
+    _sampling(args)  # a bad value should not have to wait for the model
     from miniinfer.engine.llm import LLM
 
-    _sampling(args)  # a bad value should not have to wait for the model
     setup_logging("warning")
     return LLM(**dataclasses.asdict(take(EngineConfig, args)))
 

@@ -86,18 +86,15 @@ def _shape(shape: ModelConfig) -> str:
 
 
 def _files(folder: Path) -> str:
-    tensors = list(folder.glob("*.safetensors"))
+    sizes = [f.stat().st_size for f in folder.glob("*.safetensors")]
     settings = folder / "tokenizer_config.json"
     template = (folder / "chat_template.jinja").exists() or (settings.exists() and bool(read_json(settings).get("chat_template")))
-    return ", ".join(
-        [
-            f"{len(tensors)} safetensors of {sum(f.stat().st_size for f in tensors) / GIB:.2f} GiB"
-            if tensors
-            else "no weights (--load-format dummy)",
-            "tokenizer" if (folder / "tokenizer.json").exists() else "no tokenizer",
-            "chat template" if template else "no chat template",
-        ]
-    )
+    parts = [
+        f"{len(sizes)} safetensors of {sum(sizes) / GIB:.2f} GiB" if sizes else "no weights (--load-format dummy makes some)",
+        "tokenizer" if (folder / "tokenizer.json").exists() else "no tokenizer",
+        "chat template" if template else "no chat template",
+    ]
+    return ", ".join(parts)
 
 
 def _available_bytes() -> int | None:
