@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEXT = ["the quick brown fox jumps over the lazy dog", "hello there, how are you today?", "one two three four five six seven", "user assistant system"]
+TEXT = ["the quick brown fox jumps over the lazy dog", "hello there, how are you today?", "one two three four five six seven", "user assistant"]
 
 TEMPLATE = """{%- if tools %}<|im_start|>system
 Tools: {{ tools | tojson }}<|im_end|>
@@ -16,7 +16,7 @@ Tools: {{ tools | tojson }}<|im_end|>
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}
 {%- for call in message.tool_calls or [] %}
-<tool_call>{{ call.function | tojson }}</tool_call>
+<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
 {%- endfor %}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt %}<|im_start|>assistant

@@ -32,6 +32,7 @@ from miniinfer.utils import get_logger
 log = get_logger(__name__)
 
 _BODY_SECONDS = 60.0  # a client that takes longer to send its body is given up
+_DRAINING = "the server is shutting down"
 
 T = TypeVar("T")
 Item = tuple[int, RequestOutput]  # which of the request's prompts, and its news
@@ -42,7 +43,7 @@ class Api:
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig, model: str, defaults: dict[str, Any]) -> None:
         self.engine, self.config, self.model, self.defaults = engine, config, model, defaults
-        self.metrics = Metrics(lambda: engine.stats)
+        self.metrics = Metrics(lambda: self.engine.stats)
         self.created = int(time.time())
         self.draining = False
         self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
@@ -132,7 +133,7 @@ class Api:
     def _admit(self, prompts: int) -> None:
         """Room for so many more prompts? ApiError 503 or 429 if not."""
         if self.draining:
-            raise ApiError(503, "the server is shutting down")
+            raise ApiError(503, _DRAINING)
         if not self.engine.is_alive:
             raise ApiError(503, "the engine has died")
         limit = self.config.max_waiting
@@ -175,30 +176,29 @@ class Api:
             return Response(await _unless_gone(http, _collect(items, answer)), media_type="application/json", headers=headers)
         # The status line waits for the first news, so that whatever the engine refuses still gets its own status.
         first = await _unless_gone(http, anext(items))
-        return EventStream(self._events(first, items, answer), headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
+        return EventStream(self._events(first, items, answer), items, {**headers, "cache-control": "no-cache"})
 
     async def _events(self, first: Item, items: AsyncGenerator[Item], answer: Answer) -> AsyncGenerator[bytes]:
-        async with aclosing(items):
-            try:
-                yield _encode_item(first, answer)
-                async for item in items:
-                    if event := _encode_item(item, answer):
-                        yield event
-                if answer.request.include_usage:
-                    yield answer.usage_event()
-            except Exception as e:  # the status line is gone: the error goes into the stream, where clients look for it
-                shown = _as_api_error(e)
-                if shown.status == 500:
-                    log.error("%s failed", answer.id, exc_info=e)
-                yield b"data: " + shown.body() + b"\n\n"
-            yield DONE
+        try:
+            yield _encode_item(first, answer)
+            async for item in items:
+                if event := _encode_item(item, answer):
+                    yield event
+            if answer.request.include_usage:
+                yield answer.usage_event()
+        except Exception as e:  # the status line is gone: the error goes into the stream, where clients look for it
+            shown = _as_api_error(e)
+            if shown.status == 500:
+                log.error("%s failed", answer.id, exc_info=e)
+            yield b"data: " + shown.body() + b"\n\n"
+        yield DONE
 
     async def _items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[Item]:
         """The engine's news of all the request's prompts. Closing it aborts what is unfinished."""
         request, count = answer.request, len(answer.prompts)
         self._admit(count)
         self.metrics.prompt_tokens += sum(len(p.token_ids) for p in answer.prompts)
-        timer, ended = Timer(self.metrics, len(answer.choices)), "aborted"
+        timer = Timer(self.metrics, len(answer.choices))
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
         self._open.update(ids)
         sources = [
@@ -213,26 +213,29 @@ class Api:
                     answer.note(index, item)
                     for delta in item.outputs:
                         if delta.finish_reason in ("abort", "error"):
-                            raise ApiError(503, "the engine gave the request up")
+                            raise ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
                         delta.index += index * answer.n
                         timer.update(delta.index, delta)
                     yield index, item
-            ended = "done"
         except ValueError as e:
             raise ApiError.from_value_error(e) from None
+        except (GeneratorExit, asyncio.CancelledError):
+            self.metrics.finished.labels("abort").inc()
+            raise
         finally:
             self._open.difference_update(ids)
-            if ended == "aborted":
-                self.metrics.finished.labels("abort").inc()
-            log.debug("%s %s: %s", answer.id, ended, answer.usage())
+            log.debug("%s ended: %s", answer.id, answer.usage())
 
 
 class EventStream(StreamingResponse):
-    """Closes its generator as soon as the client has gone: that aborts the request. Left to the garbage collector it might live on."""
+    """Closes its generators as soon as the client has gone, which aborts the request; the garbage collector might take its time."""
+
+    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[Item], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events, self._items = events, items
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert isinstance(self.body_iterator, AsyncGenerator)
-        async with aclosing(self.body_iterator):
+        async with aclosing(self._items), aclosing(self._events):
             await super().__call__(scope, receive, send)
 
 

@@ -1,0 +1,115 @@
+"""An engine without a model, behind the real server: it writes what a test tells it to. For tests of everything above AsyncEngine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import uvicorn
+
+from miniinfer.config import ServerConfig
+from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenLogprobs
+from miniinfer.engine.client import EngineDeadError
+from miniinfer.engine.output import OutputProcessor, validate
+from miniinfer.engine.text import Tokenizer
+from miniinfer.serve.openai import Api, build_app
+
+END = 2  # <|im_end|>
+
+
+class FakeEngine:
+    """AsyncEngine's interface. `reply` makes the answer from the prompt's text; one token a step, then END unless max_tokens comes first.
+
+    Token t has log-probability -t/1000, and its two best alternatives are t+1 and t+2 with less."""
+
+    def __init__(self, tokenizer: Tokenizer | None, reply: Callable[[str], str] = lambda prompt: "hello there", max_model_len: int = 512) -> None:
+        self.tokenizer, self.reply = tokenizer, reply
+        self.info: dict[str, Any] = {"max_model_len": max_model_len, "vocab_size": 320}
+        self.stats: dict[str, float] = {"running": 0.0}
+        self.processor = OutputProcessor(tokenizer, deltas=True)
+        self.is_alive = True
+        self.delay = 0.0
+        self.gate: asyncio.Event | None = None  # if set, nothing is produced before it
+        self.die_after: int | None = None  # tokens
+        self.seen: list[tuple[list[int], SamplingParams, int, str]] = []
+        self.open: set[str] = set()
+        self.aborted: list[str] = []
+        self._abort: set[str] = set()
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("prompt: there is no tokenizer; give token ids")
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def abort(self, request_id: str) -> None:
+        self._abort.add(request_id)
+
+    async def generate(
+        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0, cache_salt: str = "", delta: bool = False
+    ) -> AsyncGenerator[RequestOutput]:
+        assert delta
+        validate(prompt, params, self.info, self.tokenizer)
+        self.seen.append((prompt, params, priority, cache_salt))
+        ids = [add.id for add in self.processor.add(request_id, None, prompt, params)]
+        self.open.add(request_id)
+        try:
+            text = self.tokenizer.decode(prompt, skip_special_tokens=False) if self.tokenizer else ""
+            tokens = ([*self.tokenizer.encode(self.reply(text)), END] if self.tokenizer else [5, 6, 7])[: params.max_tokens]
+            for i, token in enumerate(tokens):
+                if self.gate is not None:
+                    await self.gate.wait()
+                await asyncio.sleep(self.delay)
+                if self.die_after is not None and i >= self.die_after:
+                    self.is_alive = False
+                    raise EngineDeadError("killed by a test")
+                last = "abort" if request_id in self._abort else "stop" if token == END else "length" if i + 1 == len(tokens) else None
+                updates = [self._update(id, token, last, prompt if i == 0 else None) for id in ids]
+                for out in self.processor.process(updates)[0]:
+                    yield out
+                    if out.finished:
+                        return
+        finally:
+            self.open.discard(request_id)
+            if self.processor.drop([request_id]):
+                self.aborted.append(request_id)
+
+    def _update(self, id: str, token: int, finish: str | None, prompt: list[int] | None) -> SequenceUpdate:
+        def table(t: int) -> TokenLogprobs:
+            return TokenLogprobs([t, t + 1, t + 2], [-t / 1000, -t / 1000 - 1, float("-inf")], [1, 2, 3])
+
+        scored = None if prompt is None else [table(t) for t in prompt[1:]]
+        return SequenceUpdate(id, [token], finish, logprobs=[table(token)], prompt_logprobs=scored, cached_tokens=3)
+
+
+class Server:
+    """The real server over an engine, in a thread of this process."""
+
+    def __init__(self, engine: Any, model: str = "tiny", defaults: dict[str, Any] | None = None, **options: Any) -> None:
+        self.engine = engine
+        self.api = Api(engine, ServerConfig(**options), model, defaults or {})
+        config = uvicorn.Config(build_app(self.api), port=0, ws="none", lifespan="off", log_config=None, access_log=False, loop="uvloop")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+
+    def __enter__(self) -> Server:
+        self.thread.start()
+        while not self.uvicorn.started:
+            self.thread.join(0.01)
+        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.uvicorn.should_exit = self.uvicorn.force_exit = True
+        self.thread.join(10)
+
+
+def read_events(body: bytes) -> list[Any]:
+    """The JSON of a stream's events; checks the framing."""
+    *events, done, end = body.decode().split("\n\n")
+    assert done == "data: [DONE]" and end == ""
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    return [json.loads(event[6:]) for event in events]
