@@ -224,8 +224,7 @@ class AsyncEngine:
         stream = self._streams[request_id] = _Stream()
         total: RequestOutput | None = None
         try:
-            for message in messages:
-                self._send(message)
+            self._send(*messages)
             while total is None or not total.finished:
                 new = await stream.get()
                 if delta or total is None:
@@ -281,8 +280,9 @@ class AsyncEngine:
         if not self.info:
             raise RuntimeError("the engine has not been started: await start() first")
 
-    def _send(self, message: ToEngine) -> None:
-        self._outbox.send(self._encoder.encode(message))
+    def _send(self, *messages: ToEngine) -> None:
+        """Messages that the engine gets together, with no step between them."""
+        self._outbox.send_multipart([self._encoder.encode(message) for message in messages])
 
     # ------------------------------------------------------------------------------------------- what comes back
 

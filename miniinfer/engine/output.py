@@ -175,7 +175,7 @@ class OutputProcessor:
 
     def process(self, updates: Sequence[SequenceUpdate]) -> tuple[list[RequestOutput], list[str]]:
         """Takes in a step's updates; those of sequences that are no longer open are dropped. Returns results, as `deltas` says, and the
-        sequences that the engine must now abort. A delta's outputs are those of samples that have something new."""
+        sequences that the engine must now abort. A delta's outputs are those of samples that have something new, in order."""
         touched: dict[str, RequestOutput] = {}
         fresh: list[_Sequence] = []
         aborts: list[str] = []
@@ -190,17 +190,22 @@ class OutputProcessor:
                 result.outputs.append(sequence.output)
                 fresh.append(sequence)
             self._advance(sequence, sequence.output, update)
+            result.error = update.error or result.error
             if sequence.index == 0:  # its siblings find the prompt in the cache because of it
                 result.num_cached_tokens = update.cached_tokens or result.num_cached_tokens
                 if update.prompt_logprobs is not None and request.params.prompt_logprobs is not None:
                     result.prompt_logprobs = self._prompt_logprobs(update.prompt_logprobs, request.params.prompt_logprobs)
             if sequence.output.finish_reason is not None:
-                aborts += self._end(sequence, update)
+                self._close(sequence)
+                result.finished = not request.running
+                if update.finish_reason is None:  # ended by a stop string, which the engine does not know
+                    aborts.append(sequence.id)
             if self._deltas or result.finished:
                 touched[result.request_id] = result
         for sequence in fresh:  # the next call begins a new delta
             sequence.output = None
             old = sequence.request.result
+            old.outputs.sort(key=_index)
             sequence.request.result = RequestOutput(old.request_id, old.prompt, old.prompt_token_ids, [], False)
         return list(touched.values()), aborts
 
@@ -217,18 +222,6 @@ class OutputProcessor:
         for id in ids:
             self._close(self._sequences[id])
         return ids
-
-    def _end(self, sequence: _Sequence, update: SequenceUpdate) -> list[str]:
-        """A sequence's output is complete. Returns what the engine does not know to be over: itself after a stop string, its siblings after an
-        error, because one failed sample fails the request."""
-        result = sequence.request.result
-        self._close(sequence)
-        aborts = [sequence.id] if update.finish_reason is None else []
-        if update.finish_reason == "error":
-            result.error = update.error or "the engine gave no reason"
-            aborts += self.drop([result.request_id])
-        result.finished = not sequence.request.running
-        return aborts
 
     def _close(self, sequence: _Sequence) -> None:
         running = sequence.request.running
@@ -272,8 +265,9 @@ def merge(total: RequestOutput, delta: RequestOutput) -> None:
     for new in delta.outputs:
         old = by_index.get(new.index)
         if old is None:
-            by_index[new.index] = _copy(new)
-            total.outputs = [by_index[i] for i in sorted(by_index)]
+            old = by_index[new.index] = _copy(new)
+            total.outputs.append(old)
+            total.outputs.sort(key=_index)
             continue
         old.text += new.text
         old.token_ids += new.token_ids
@@ -290,6 +284,10 @@ def merge(total: RequestOutput, delta: RequestOutput) -> None:
 def snapshot(output: RequestOutput) -> RequestOutput:
     """A copy that later merges leave alone."""
     return replace(output, outputs=[_copy(o) for o in output.outputs])
+
+
+def _index(output: CompletionOutput) -> int:
+    return output.index
 
 
 def _copy(output: CompletionOutput) -> CompletionOutput:

@@ -313,6 +313,8 @@ def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise ValueError(f"messages: entry {index}: only text content is supported")
         message = {**message, "content": "".join(part["text"] for part in content)}
+    elif content is not None and not isinstance(content, str):
+        raise ValueError(f"messages: entry {index}: content must be text or a list of text parts, got {type(content).__name__}")
     if calls:
         message = {**message, "tool_calls": [_parsed_call(call) for call in calls]}
     return message

@@ -93,13 +93,14 @@ def _serve(engine: Any, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> 
             inbox.poll()  # sleeps until a message comes
         updates: list[SequenceUpdate] = []
         while inbox.poll(0):
-            match decoder.decode(inbox.recv()):
-                case Add() as add:
-                    updates += engine.add(add)
-                case Abort(ids):
-                    updates += engine.abort(ids)
-                case Control() as control:
-                    _send(outbox, _answer(engine, control))
+            for frame in inbox.recv_multipart():
+                match decoder.decode(frame):
+                    case Add() as add:
+                        updates += engine.add(add)
+                    case Abort(ids):
+                        updates += engine.abort(ids)
+                    case Control() as control:
+                        _send(outbox, _answer(engine, control))
         if engine.has_work:
             updates += engine.step()
         if updates:
