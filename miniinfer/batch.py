@@ -7,11 +7,10 @@ Letters: T tokens, B batch rows (sequences), R device rows, P page-table width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from miniinfer.kernels import Ops
 
 
 @dataclass(slots=True)
@@ -36,12 +35,12 @@ class Batch:
     rows: Tensor  # [B] int32: device row of each sequence (index into page tables)
     max_query: int  # upper bounds, host ints: longest query and longest length
     max_length: int
-    ops: Ops
+    ops: Any  # kernels.Ops, which comes later in the import order
     kinds: tuple[StateView, ...] = ()
     caches: list[tuple[Tensor, Tensor]] | None = None  # per layer K and V, each [N, H, S, D]
 
     @staticmethod
-    def packed(sequences: list[list[int]], ops: Ops, device: torch.device | str = "cpu") -> Batch:
+    def packed(sequences: list[list[int]], ops: Any, device: torch.device | str = "cpu") -> Batch:
         """A batch without cache over whole sequences (training, scoring)."""
         sizes = torch.tensor([len(s) for s in sequences], dtype=torch.int32)
         start = torch.zeros(len(sequences) + 1, dtype=torch.int32)
