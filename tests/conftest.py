@@ -1,8 +1,10 @@
-"""What all tests share: the option that rewrites generated documents, repeatable random tests, one thread per process, GPU tests skipped without one."""
+"""What all tests share: an option to rewrite generated documents, repeatable random tests, one thread a process, no GPU tests without a GPU."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models lose by threads, and pytest-xdist fills the cores
@@ -30,3 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in below:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """An entry point that a test calls sets up logging to that test's stderr, which the next test must not inherit."""
+    root = logging.getLogger("miniinfer")
+    before = root.handlers[:], root.propagate, root.level
+    yield
+    root.handlers[:], root.propagate = before[0], before[1]
+    root.setLevel(before[2])

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from miniinfer.config import ModelConfig
 
 
@@ -28,30 +26,32 @@ class Machine:
 H200 = Machine("NVIDIA H200", read=4.5e12, matmul=790e12, attention=640e12)
 
 
-def machine_of(device: str, dtype: torch.dtype) -> Machine:
+def machine_of(device: str, dtype: str) -> Machine:
     """The figures of this machine's device: constants for an H200 (bf16), else measured now, in a second or two."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    if "H200" in name and dtype == torch.bfloat16:
+    import torch
+
+    gpu = device == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    if "H200" in name and dtype == "bfloat16":
         return H200
-    scale = 4 if device == "cuda" else 1
-    big = torch.ones(scale << 28, device=device)  # 1 GiB on a CPU, 4 GiB on a GPU: far more than any cache holds
-    read = big.numel() * 4 / _best(big.sum, device)
-    side = 2048 * scale
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    matmul = 2 * side**3 / _best(lambda: a @ b, device)
+
+    def best(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            run()
+            if gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    big = torch.ones(2**30 if gpu else 2**28, device=device)  # 4 GiB or 1 GiB: far more than any cache holds
+    read = big.nbytes / best(big.sum)
+    del big
+    side = 8192 if gpu else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    matmul = 2 * side**3 / best(lambda: a @ b)
     return Machine(name, read=read, matmul=matmul, attention=matmul)
-
-
-def _best(run: Callable[[], object], device: str) -> float:
-    """Seconds of the quickest of eight runs."""
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def used_parameters(shape: ModelConfig, tokens: float = 1) -> float:

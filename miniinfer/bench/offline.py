@@ -100,8 +100,6 @@ class Bench:
     """An engine and the runs on it."""
 
     def __init__(self, config: EngineConfig) -> None:
-        import torch
-
         from miniinfer.engine.llm import LLM
 
         self.llm = LLM(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
@@ -111,9 +109,8 @@ class Bench:
         self.rng = random.Random(config.seed)
         self.seconds([(16, 1)])
         self.first_token = seconds_since_start()
-        dtype = getattr(torch, info["dtype"])
-        self.element_bytes = dtype.itemsize
-        self.machine: Machine = machine_of(info["device"], dtype)
+        self.element_bytes = 4 if info["dtype"] == "float32" else 2
+        self.machine: Machine = machine_of(info["device"], info["dtype"])
 
     def seconds(self, requests: list[tuple[int, int]]) -> float:
         """Wall time from handing in requests of these lengths to having them all back."""
@@ -187,8 +184,7 @@ def summary(config: EngineConfig, runner: Bench, results: list[Result]) -> dict[
         "ready_seconds": round(runner.ready, 3),
         "first_token_seconds": round(runner.first_token, 3),
         "results": [
-            {"workload": r.workload, r.metric: round(r.value, 4), "floor": round(r.floor, 4), "share": round(r.share, 4)}
-            | {k: round(v, 3) for k, v in r.extra.items()}
+            {"workload": r.workload, **{k: float(f"{v:.5g}") for k, v in {r.metric: r.value, "floor": r.floor, "share": r.share, **r.extra}.items()}}
             for r in results
         ],
     }
