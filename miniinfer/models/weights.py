@@ -47,18 +47,19 @@ def load(model: nn.Module, folder: str | Path, progress: Progress | None = None)
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"{folder / _INDEX}: 'weight_map' names no shards")
-        names = sorted(set(weight_map.values()))
-        if absent := [name for name in names if not (folder / name).exists()]:
-            raise ConfigError(f"{folder / _INDEX}: {len(absent)} of {len(names)} shards are not there: {_few(absent)}")
-        return [folder / name for name in names]
+    """The folder's weights; the single file comes first where there are both forms, as in transformers."""
     if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
-    hint = "; it has .bin files: convert them to safetensors" if any(folder.glob("*.bin")) else ""
-    raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}{hint} (--load-format dummy needs none)")
+    if not (folder / _INDEX).exists():
+        hint = "; it has .bin files: convert them to safetensors" if any(folder.glob("*.bin")) else ""
+        raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}{hint} (--load-format dummy needs none)")
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{folder / _INDEX}: 'weight_map' names no shards")
+    names = sorted(set(weight_map.values()))
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise ConfigError(f"{folder / _INDEX}: {len(absent)} of {len(names)} shards are not there: {_few(absent)}")
+    return [folder / name for name in names]
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -114,7 +115,7 @@ def save(model: nn.Module, folder: str | Path, shard_bytes: int = 5 * 10**9) -> 
     shards = _shards(model, shard_bytes)
     if len(shards) == 1:
         _write(shards[0], folder / _SINGLE)
-        (folder / _INDEX).unlink(missing_ok=True)  # else it would be read in place of the new file
+        (folder / _INDEX).unlink(missing_ok=True)
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -124,7 +125,7 @@ def save(model: nn.Module, folder: str | Path, shard_bytes: int = 5 * 10**9) -> 
     size = sum(view.numel() * view.element_size() for shard in shards for view in shard.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    (folder / _SINGLE).unlink(missing_ok=True)
+    (folder / _SINGLE).unlink(missing_ok=True)  # else it would be read in place of the shards
 
 
 def _shards(model: nn.Module, shard_bytes: int) -> list[dict[str, Tensor]]:

@@ -164,14 +164,15 @@ def test_unreadable_folders(tmp_path: Path) -> None:
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"model\.safetensors: not a whole safetensors file"):
         loaded(folder)
-    index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors", "b": "model.safetensors"}}))
+    weights.rename(folder / "model-1.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors", "b": "model-1.safetensors"}}))
     with pytest.raises(ConfigError, match=r"1 of 2 shards are not there: gone\.safetensors"):
         loaded(folder)
     index.write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(ConfigError, match="names no shards"):
         loaded(folder)
     index.unlink()
-    weights.rename(folder / "pytorch_model.bin")
+    (folder / "model-1.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="convert them to safetensors"):
         loaded(folder)
 
