@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from miniinfer.cache.pool import PagePool
-from miniinfer.cache.radix import NO_MATCH, Match, Node, RadixTree, pack
+from miniinfer.cache.radix import NO_MATCH, TOKEN_BYTES, Match, Node, RadixTree, pack
 from miniinfer.data import Request
 
 PageEntry = tuple[int, int, int, int]  # StepPlan.page_entries
@@ -264,27 +264,36 @@ class CacheManager:
 
     def check(self, running: Iterable[Request]) -> None:
         """Proves that every page is in exactly one place and that every count is right. Call between plans. Raises RuntimeError."""
-        running = list(running)
-        nodes = [node for node in self.tree.walk(self.tree.root) if node.pages]
         held = [request.pages for request in running]
+        nodes = [node for node in self.tree.walk(self.tree.root) if node.parent is not None]
+        self._check_tree(nodes)
+        nodes = [node for node in nodes if node.pages]  # without the namespaces
         users = Counter(node for pages in held for node in pages.nodes)
         _ensure(not self._sources, "a copy's source is still locked")
-        for node in nodes:
-            _ensure(node.users == users.pop(node, 0), "a node's users are not the requests whose path it is on")
-        _ensure(not users, "a request's path leads through a node outside the tree")
+        _ensure(users == Counter({node: node.users for node in nodes if node.users}), "a node's users are not the requests whose path it is on")
         _ensure(set(self.tree.idle) == {node for node in nodes if not node.users}, "idle nodes are not those without users")
         for k in range(len(self.kinds)):
             self._check_kind(k, nodes, held)
-        for node in self.tree.walk(self.tree.root):
-            self._check_node(node)
+        for pages in held:
+            _ensure(all(not any(t[:f]) and all(t[f:]) for t, f in zip(pages.tables, pages.first, strict=True)), "a page table has a hole")
+            _ensure(pages.capacity == min(map(len, pages.tables)) * self.page_size, "a request's capacity is not its pages'")
+
+    def _check_tree(self, nodes: list[Node]) -> None:
+        full = self.page_size * TOKEN_BYTES
+        for node in nodes:
+            parent = node.parent
+            if parent is None or parent.children.get(node.key) is not node or len(parent.keys) != len(parent.children):
+                raise RuntimeError("KV cache: a node is not its parent's child")
+            if not (node.users or node.children or any(node.pages)):
+                raise RuntimeError("KV cache: a useless node was not pruned")
+            if node.pages and node.children and len(node.key) < full:
+                raise RuntimeError("KV cache: a tail has children")
+            if len(node.keys) > 1 and node.keys != sorted(node.children):
+                raise RuntimeError("KV cache: a node's keys are not its children's")
         seen: set[Node | None] = set()
         for node in self.tree.idle:
             _ensure(node.parent not in seen, "a node would be evicted before its descendant")
             seen.add(node)
-        for request in running:
-            pages = request.pages
-            _ensure(all(not any(t[:f]) and all(t[f:]) for t, f in zip(pages.tables, pages.first, strict=True)), "a page table has a hole")
-            _ensure(pages.capacity == min(map(len, pages.tables)) * self.page_size, "a request's capacity is not its pages'")
 
     def _check_kind(self, k: int, nodes: list[Node], held: list[Pages]) -> None:
         places = self.pools[k].free_pages()
@@ -297,22 +306,14 @@ class CacheManager:
                     refs[pages.nodes[i]] += 1
                 else:
                     places.append(page)
-        _ensure(sorted(places) == list(range(1, self.pools[k].size + 1)), f"kind {k}: a page is in no place or in two")
+        places.sort()
+        _ensure(places == list(range(1, self.pools[k].size + 1)), f"kind {k}: a page is in no place or in two")
         if not self.kinds[k]:
             _ensure(all(node.pages[k] for node in nodes), f"kind {k}: a node has lost its page")
             return
-        _ensure(all(node.refs[k] == refs[node] for node in nodes), f"kind {k}: a page's references are not its holders")
+        _ensure(refs == Counter({node: node.refs[k] for node in nodes if node.refs[k]}), f"kind {k}: a page's references are not its holders")
         idle = {node for node in nodes if node.pages[k] and not node.refs[k]}
         _ensure(set(self.tree.idle_pages[k]) == idle, f"kind {k}: idle pages are not those without holders")
-
-    def _check_node(self, node: Node) -> None:
-        _ensure(node.keys == sorted(node.children), "a node's keys are not its children's")
-        if node.parent is None:
-            return
-        _ensure(node.parent.children.get(node.key) is node, "a node is not its parent's child")
-        _ensure(bool(node.users or node.children or any(node.pages)), "a useless node was not pruned")
-        if node.pages and len(node.key) < len(pack([0])) * self.page_size:
-            _ensure(not node.children, "a tail has children")
 
 
 def _ensure(ok: bool, message: str) -> None:

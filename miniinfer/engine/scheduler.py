@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -171,9 +172,9 @@ class Scheduler:
         """The next step, or None if nothing can be computed now (no work, or all of it waits for results in flight)."""
         plan = StepPlan(self._steps, [], [], [], [], [], [], [])
         preemptions = self._counts["preemptions"]
-        work, budget = self._plan_running(plan.page_entries)
+        work = self._plan_running(plan.page_entries)
         if not work or preemptions == self._counts["preemptions"]:  # where pages were short, newcomers would make them shorter
-            self._plan_waiting(work, budget, plan)
+            self._plan_waiting(work, plan)
         self.cache.end_plan()
         if not work:
             return None
@@ -182,8 +183,8 @@ class Scheduler:
         self._steps += 1
         return plan
 
-    def _plan_running(self, entries: list[PageEntry]) -> tuple[list[tuple[Request, int]], int]:
-        """(request, tokens) pairs of running requests, and the token budget left over.
+    def _plan_running(self, entries: list[PageEntry]) -> list[tuple[Request, int]]:
+        """(request, tokens) pairs of running requests.
 
         Budget goes to decodes first, so that long prompts never hold them up. Pages go by key: a request short of pages takes them from
         the highest key, whose turn has not come, so nothing already planned is undone."""
@@ -205,7 +206,7 @@ class Scheduler:
             if request.computed + count > request.pages.capacity and not self._make_room(request, count, entries):
                 break
             work.append((request, count))
-        return work, budget
+        return work
 
     def _make_room(self, request: Request, count: int, entries: list[PageEntry]) -> bool:
         """Pages for `count` more tokens, if need be at the cost of the highest keys; False if that was the request itself."""
@@ -220,10 +221,11 @@ class Scheduler:
                 return False
         return True
 
-    def _plan_waiting(self, work: list[tuple[Request, int]], budget: int, plan: StepPlan) -> None:
+    def _plan_waiting(self, work: list[tuple[Request, int]], plan: StepPlan) -> None:
         """Admits from the queue while rows, budget and pages last. A request that does not fit holds up those behind it; one that
         waits for its leader's prompt pages does not."""
         held = []
+        budget = self._budget - sum(count for _, count in work)
         while self._waiting and self._rows and budget > 0:
             request = self._waiting[0][1]
             leader = request.leader
@@ -351,8 +353,8 @@ class Scheduler:
             "running": len(self._running),
             "waiting": len(self._waiting),
             "kv_usage": max(used),  # share of the scarcest kind's pages that requests hold
-            "prefix_query_tokens": cache.query_tokens,
-            "prefix_hit_tokens": cache.hit_tokens,
+            "prefix_queries": cache.query_tokens,
+            "prefix_hits": cache.hit_tokens,
             "evicted_pages": cache.tree.evictions,
             "steps": self._steps,
             **self._counts,
@@ -370,9 +372,9 @@ class Scheduler:
         _ensure(all(r.status is Status.RUNNING for r in self._running), "a request on the running list is not running")
         for r in waiting:
             _ensure(r.status is Status.WAITING and r.row == -1 and r.pages is None and r.computed == 0, "a waiting request holds something")
-        launched = [r for requests in self._planned.values() for r in requests]
+        launched = Counter(r.id for requests in self._planned.values() for r in requests)
         for r in everyone:
-            _ensure(0 <= r.in_flight <= sum(r is other for other in launched), "a token is in flight without a step")
+            _ensure(0 <= r.in_flight <= launched[r.id], "a token is in flight without a step")
             _ensure(r.computed <= len(r.tokens) + r.in_flight <= r.max_total, "a request has run past its end")
         _ensure(sum(g.alive for g in self._groups.values()) == sum(r.group is not None for r in everyone), "a group's size is wrong")
 
