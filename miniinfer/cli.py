@@ -105,7 +105,7 @@ def add_options(parser: Parser, cls: type, *, only: Iterable[str] = (), skip: It
         if (only and option.name not in only) or option.name in skip:
             continue
         default = defaults.get(option.name, option.default)
-        known = [f"default: {default}"] if default not in (None, False, True, argparse.SUPPRESS) else []
+        known = [] if default is None or isinstance(default, bool) or default in ("", argparse.SUPPRESS) else [f"default: {default}"]
         notes = "; ".join([" | ".join(option.choices), *known] if option.choices else known)
         text = ("do not " if default is True else "") + option.help + (f" ({notes})" if notes else "")
         text = text.replace("%", "%%")
@@ -425,7 +425,7 @@ COMMANDS = {
     "info": Command("what a checkpoint is and the memory it needs", _info_options, _info),
     "bench offline": Command("throughput and latency of the engine beside their physical floors", _offline_options, _offline),
     "bench serving": Command("latency percentiles of any OpenAI-compatible server under load", _serving_options, _serving),
-    "train": Command("train a small model from scratch", _train_options, _train),
+    "train": Command("train a small model", _train_options, _train),
 }
 
 

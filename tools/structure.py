@@ -26,7 +26,7 @@ def file_list() -> str:
     package = ROOT / "miniinfer"
     lines = [f"- `{name}` {first_line(package / name)}" for name in TOP]
     for folder in FOLDERS:
-        files = [p for p in sorted((package / folder).rglob("*")) if p.suffix in (".py", ".cpp", ".cu") and p.read_text(encoding="utf-8").strip()]
+        files = [p for p in sorted((package / folder).rglob("*")) if p.suffix in (".py", ".cpp", ".hpp") and p.read_text(encoding="utf-8").strip()]
         lines += [f"- `{p.relative_to(package)}` {first_line(p)}" for p in files]
     lines.append(f"- `cli.py` {first_line(package / 'cli.py')}")
     return "\n".join(lines)
