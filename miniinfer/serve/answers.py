@@ -99,14 +99,14 @@ class Answer:
     def usage_event(self) -> bytes:
         return self._stem + b',"choices":[],"usage":' + encode(self.usage()) + b"}\n\n"
 
-    def add(self, index: int, delta: CompletionOutput) -> None:
-        self.choices[index].add(delta)
+    def add(self, delta: CompletionOutput) -> None:
+        self.choices[delta.index].add(delta)
 
     def result(self) -> bytes:
         choices = [self._choice(i, choice) for i, choice in enumerate(self.choices)]
         return encode(self._about | {"choices": choices, "usage": self.usage()} | self._prompt_ids())
 
-    def event(self, index: int, delta: CompletionOutput) -> bytes:
+    def event(self, delta: CompletionOutput) -> bytes:
         """The stream's bytes for one delta; empty if it has nothing to tell yet."""
         raise NotImplementedError
 
@@ -150,7 +150,8 @@ class ChatAnswer(Answer):
         self._parsers = [ToolCallParser(self.request.parallel_tool_calls) for _ in self.choices] if tools else []
         self._started = [False] * len(self.choices)
 
-    def event(self, index: int, delta: CompletionOutput) -> bytes:
+    def event(self, delta: CompletionOutput) -> bytes:
+        index = delta.index
         text, calls = self._split(index, delta)
         start = b""
         if not self._started[index]:
@@ -228,8 +229,8 @@ class CompletionAnswer(Answer):
         self._echoed = [not self.request.echo] * len(self.choices)
         self._offsets = [0] * len(self.choices)  # characters of token text so far, for text_offset
 
-    def event(self, index: int, delta: CompletionOutput) -> bytes:
-        start = b""
+    def event(self, delta: CompletionOutput) -> bytes:
+        index, start = delta.index, b""
         if not self._echoed[index]:
             self._echoed[index] = True
             prompt = self.prompts[index // self.n]

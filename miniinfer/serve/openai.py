@@ -35,7 +35,6 @@ _BODY_SECONDS = 60.0  # a client that takes longer to send its body is given up
 _DRAINING = "the server is shutting down"
 
 T = TypeVar("T")
-Item = tuple[int, RequestOutput]  # which of the request's prompts, and its news
 
 
 class Api:
@@ -178,7 +177,7 @@ class Api:
         first = await _unless_gone(http, anext(items))
         return EventStream(self._events(first, items, answer), items, {**headers, "cache-control": "no-cache"})
 
-    async def _events(self, first: Item, items: AsyncGenerator[Item], answer: Answer) -> AsyncGenerator[bytes]:
+    async def _events(self, first: RequestOutput, items: AsyncGenerator[RequestOutput], answer: Answer) -> AsyncGenerator[bytes]:
         try:
             yield _encode_item(first, answer)
             async for item in items:
@@ -193,34 +192,36 @@ class Api:
             yield b"data: " + shown.body() + b"\n\n"
         yield DONE
 
-    async def _items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[Item]:
-        """The engine's news of all the request's prompts. Closing it aborts what is unfinished."""
+    async def _items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[RequestOutput]:
+        """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
         request, count = answer.request, len(answer.prompts)
         self._admit(count)
         self.metrics.prompt_tokens += sum(len(p.token_ids) for p in answer.prompts)
         timer = Timer(self.metrics, len(answer.choices))
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
+        numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)
         sources = [
             self.engine.generate(prompt.token_ids, params, request_id, request.priority, request.cache_salt, delta=True)
             for request_id, prompt in zip(ids, answer.prompts, strict=True)
         ]
         try:
-            async with aclosing(_merge(sources)) as merged:
-                async for index, item in merged:
+            async with aclosing(sources[0] if count == 1 else _merge(sources)) as merged:
+                async for item in merged:
                     if item.error is not None:
                         raise ApiError(500, f"the engine failed on this request: {item.error}")
-                    answer.note(index, item)
+                    number = numbers[item.request_id]
+                    answer.note(number, item)
                     for delta in item.outputs:
-                        if delta.finish_reason in ("abort", "error"):
+                        if delta.finish_reason == "abort":
                             raise ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
-                        delta.index += index * answer.n
+                        delta.index += number * answer.n
                         timer.update(delta.index, delta)
-                    yield index, item
+                    yield item
         except ValueError as e:
             raise ApiError.from_value_error(e) from None
         except (GeneratorExit, asyncio.CancelledError):
-            self.metrics.finished.labels("abort").inc()
+            self.metrics.finished["abort"] += 1
             raise
         finally:
             self._open.difference_update(ids)
@@ -230,7 +231,7 @@ class Api:
 class EventStream(StreamingResponse):
     """Closes its generators as soon as the client has gone, which aborts the request; the garbage collector might take its time."""
 
-    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[Item], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[RequestOutput], headers: dict[str, str]) -> None:
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events, self._items = events, items
 
@@ -239,38 +240,33 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _encode_item(item: Item, answer: Answer) -> bytes:
-    outputs = item[1].outputs
-    return answer.event(outputs[0].index, outputs[0]) if len(outputs) == 1 else b"".join([answer.event(o.index, o) for o in outputs])
+def _encode_item(item: RequestOutput, answer: Answer) -> bytes:
+    outputs = item.outputs
+    return answer.event(outputs[0]) if len(outputs) == 1 else b"".join([answer.event(output) for output in outputs])
 
 
-async def _collect(items: AsyncGenerator[Item], answer: Answer) -> bytes:
+async def _collect(items: AsyncGenerator[RequestOutput], answer: Answer) -> bytes:
     async with aclosing(items):
-        async for _, item in items:
+        async for item in items:
             for delta in item.outputs:
-                answer.add(delta.index, delta)
+                answer.add(delta)
     return answer.result()
 
 
-async def _merge(sources: list[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[Item]:
-    """The sources' items as they come, each with its source's number. Closing it closes them all."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as source:
-            async for item in source:
-                yield 0, item
-        return
-    queue: asyncio.Queue[Item | Exception | None] = asyncio.Queue()
+async def _merge(sources: list[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
+    """The sources' items as they come. Closing it closes them all."""
+    queue: asyncio.Queue[RequestOutput | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, source: AsyncGenerator[RequestOutput]) -> None:
+    async def pump(source: AsyncGenerator[RequestOutput]) -> None:
         try:
             async for item in source:
-                queue.put_nowait((index, item))
+                queue.put_nowait(item)
         except Exception as e:
             queue.put_nowait(e)
         else:
             queue.put_nowait(None)
 
-    tasks = [asyncio.create_task(pump(i, source)) for i, source in enumerate(sources)]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     try:
         running = len(tasks)
         while running:
@@ -345,7 +341,7 @@ def build_app(api: Api) -> FastAPI:
         shown = _as_api_error(error)
         if shown.status == 404 and isinstance(error, HTTPException):
             shown.message = f"there is no {http.url.path} here"
-        api.metrics.refused.labels(str(shown.status)).inc()
+        api.metrics.refused[str(shown.status)] += 1
         return Response(shown.body(), shown.status, shown.headers, "application/json")
 
     for kind in (ApiError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
