@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from miniinfer.config import ConfigError, EngineConfig
 from miniinfer.data import Abort, Control, Failed, FromEngine, Ready, Reply, RequestOutput, SamplingParams, ToEngine, Updates
 from miniinfer.engine.output import OutputProcessor, merge, snapshot, validate
 from miniinfer.engine.text import Tokenizer
-from miniinfer.engine.worker import WorkerStart
+from miniinfer.engine.worker import QUEUED_STEPS, WorkerStart
 from miniinfer.models.hub import resolve_folder
 from miniinfer.utils import get_logger
 
@@ -39,7 +40,7 @@ Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": text
 
 SHORT_TEXT = 4096  # characters; tokenizing up to so many takes about a millisecond, less than a thread's round trip is worth
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
-LAST_WORDS_MS = 200  # how long to listen for a message of a process that has ended
+LAST_WORDS_SECONDS = 0.3  # how long the reader may still find a message of a process that has ended
 
 
 class EngineDeadError(RuntimeError):
@@ -101,6 +102,7 @@ class AsyncEngine:
         self._ready: asyncio.Future[dict[str, Any]] | None = None
         self._dead: Exception | None = None
         self._stopping = False
+        self.errored = False  # has it died, other than by `shutdown`
         self._threads = ThreadPoolExecutor(2, "tokenize")
         self._closing = contextlib.ExitStack()  # what shutdown undoes
         self._closing.callback(self._threads.shutdown, wait=False)
@@ -138,22 +140,21 @@ class AsyncEngine:
         self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
         level = logging.getLevelName(logging.getLogger("miniinfer").getEffectiveLevel()).lower()
         start = WorkerStart(self.config, self._core, folder, level)
-        self._outbox: zmq.Socket[bytes] = self._bind(zmq.Context(), zmq.PUSH, start.to_engine)
-        self._inbox: zmq.asyncio.Socket = self._bind(zmq.asyncio.Context(), zmq.PULL, start.from_engine)
+        self._outbox: zmq.Socket[bytes] = self._bind(zmq.Context(), zmq.PUSH, start.to_engine, 0)
+        self._inbox: zmq.asyncio.Socket = self._bind(zmq.asyncio.Context(), zmq.PULL, start.from_engine, QUEUED_STEPS)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "miniinfer.engine.worker", stdin=asyncio.subprocess.PIPE, env=environment
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")  # and never closed: its end tells the child of our death
-        reader = asyncio.create_task(self._read())
-        self._tasks = [reader, asyncio.create_task(self._watch(self._process, reader))]
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch(self._process))]
 
-    def _bind(self, context: zmq.Context[Any], kind: int, address: str) -> Any:
-        """A socket without limit or linger: a send never waits, and a close never does."""
+    def _bind(self, context: zmq.Context[Any], kind: int, address: str, limit: int) -> Any:
+        """A socket that queues `limit` messages (0: any number, so a send never waits) and does not linger when closed."""
         self._closing.callback(context.destroy, linger=0)
         socket = context.socket(kind)
-        socket.set_hwm(0)
+        socket.set_hwm(limit)
         socket.bind(address)
         return socket
 
@@ -183,11 +184,6 @@ class AsyncEngine:
     def is_alive(self) -> bool:
         """Does it accept requests."""
         return bool(self.info) and self._dead is None
-
-    @property
-    def errored(self) -> bool:
-        """Has it died, other than by `shutdown`."""
-        return self._dead is not None and not self._stopping
 
     @property
     def num_open(self) -> int:
@@ -287,18 +283,33 @@ class AsyncEngine:
     # ------------------------------------------------------------------------------------------- what comes back
 
     async def _read(self) -> None:
+        """Takes in whatever has come, several steps at once if we are behind, and then lets the streams' consumers have their turn."""
         while True:
-            self._receive(self._decoder.decode(await self._inbox.recv()))
+            frames = [await self._inbox.recv()]
+            with contextlib.suppress(zmq.Again):
+                while len(frames) < 2 * QUEUED_STEPS:
+                    frames.append(await self._inbox.recv(zmq.NOBLOCK))
+            messages = [self._decoder.decode(frame) for frame in frames]
+            self._update([message for message in messages if isinstance(message, Updates)])
+            for message in messages:
+                self._receive(message)
+            await asyncio.sleep(0)  # a receive that finds a message does not yield
+
+    def _update(self, steps: list[Updates]) -> None:
+        if not steps:
+            return
+        self.stats = steps[-1].stats
+        deltas, aborts = self._processor.process([update for step in steps for update in step.updates])
+        for delta in deltas:
+            stream = self._streams[delta.request_id]
+            stream.put(delta)
+            if delta.finished:
+                del self._streams[delta.request_id]
+        if aborts:
+            self._send(Abort(aborts))
 
     def _receive(self, message: FromEngine) -> None:
         match message:
-            case Updates():
-                self.stats = message.stats
-                deltas, aborts = self._processor.process(message.updates)
-                for delta in deltas:
-                    self._deliver(delta)
-                if aborts:
-                    self._send(Abort(aborts))
             case Reply(id, value, error):
                 reply = self._replies.get(id)
                 if reply is not None and not reply.done():
@@ -310,21 +321,12 @@ class AsyncEngine:
             case Failed(error, user_error):
                 self._die(ConfigError(error) if user_error else EngineDeadError(f"the engine has failed: {error}"))
 
-    def _deliver(self, delta: RequestOutput) -> None:
-        stream = self._streams.get(delta.request_id)
-        if stream is not None:
-            stream.put(delta)
-            if delta.finished:
-                del self._streams[delta.request_id]
-
-    async def _watch(self, process: asyncio.subprocess.Process, reader: asyncio.Task[None]) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Waits for the process's end, hears its last words, and ends all streams."""
         code = await process.wait()
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
-        while self._dead is None and await self._inbox.poll(LAST_WORDS_MS):
-            self._receive(self._decoder.decode(await self._inbox.recv()))
+        end = time.monotonic() + LAST_WORDS_SECONDS
+        while self._dead is None and time.monotonic() < end:
+            await asyncio.sleep(0.01)
         how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
         self._die(EngineDeadError(f"the engine process {how}; its log may say why"))
 
@@ -333,7 +335,8 @@ class AsyncEngine:
         if self._dead is not None:
             return
         self._dead = error
-        if not self._stopping:
+        self.errored = not self._stopping
+        if self.errored:
             log.error("%s", error)
         self._processor.drop(self._streams)
         for stream in self._streams.values():

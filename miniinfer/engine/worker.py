@@ -25,6 +25,7 @@ from miniinfer.utils import get_logger, setup_logging
 
 log = get_logger("engine.worker")
 
+QUEUED_STEPS = 16  # at each end: with so many unread, a faster engine waits, instead of filling the parent's memory
 LINGER_MS = 2000  # a last message gets this long to leave
 
 
@@ -53,9 +54,9 @@ def main() -> int:
     threading.Thread(target=_follow_parent, args=(start.folder,), daemon=True).start()
     setup_logging(start.log_level)
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
-        for socket in (inbox, outbox):
-            socket.set_hwm(0)
-            socket.linger = LINGER_MS
+        inbox.set_hwm(0)
+        outbox.set_hwm(QUEUED_STEPS)
+        outbox.linger = LINGER_MS
         inbox.connect(start.to_engine)
         outbox.connect(start.from_engine)
         return run(start.config, start.core, inbox, outbox)

@@ -283,8 +283,8 @@ def test_messages_are_made_plain_for_templates() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat("{{ messages[0].content }}").render_chat([{"role": "user", "content": parts}]) == "ab"
     arguments = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
-    for given, shown in (('{"a": 1}', '{"a": 1}'), ("{broken", '"{broken"'), ("[1]", '"[1]"')):
-        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+    for written, shown in (('{"a": 1}', '{"a": 1}'), ("{broken", '"{broken"'), ("[1]", '"[1]"')):
+        call = {"type": "function", "function": {"name": "f", "arguments": written}}
         assert chat(arguments).render_chat([{"role": "assistant", "content": "", "tool_calls": [call]}]) == shown
 
 

@@ -1,0 +1,453 @@
+"""AsyncEngine and the engine process, with a core that echoes: streams, aborts, deaths, and nothing left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from miniinfer.config import ConfigError, EngineConfig
+from miniinfer.data import Add, SamplingParams, SequenceUpdate
+from miniinfer.engine.client import AsyncEngine, EngineDeadError
+from miniinfer.engine.output import merge
+
+RAISE, EXIT, KILL, REFUSE = 91, 92, 93, 94  # a prompt that begins with one of these does this to the engine
+
+
+class EchoCore:
+    """Answers with the prompt over and over, a token of each sequence a step. `model` says how it starts."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.model == "bad":
+            raise ConfigError("max_model_len: 10 is more than fits")
+        if config.model == "broken":
+            raise ValueError("something is wrong inside")
+        if config.model == "gone":
+            os._exit(7)
+        if config.model == "slow":
+            time.sleep(60)
+        self.info = {"vocab_size": 256, "max_model_len": 100_000, "model": config.model, "pid": os.getpid()}
+        self.open: dict[str, Add] = {}
+        self.done: dict[str, int] = {}
+        self.aborted: list[str] = []
+        self.steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.open)
+
+    def add(self, message: Add) -> list[SequenceUpdate]:
+        if message.prompt[0] == REFUSE:
+            return [SequenceUpdate(message.id, [], "error", error="prompt: cannot be computed")]
+        self.open[message.id], self.done[message.id] = message, 0
+        return []
+
+    def abort(self, ids: list[str]) -> list[SequenceUpdate]:
+        known = [i for i in ids if self.open.pop(i, None)]
+        self.aborted += known
+        return [SequenceUpdate(i, [], "abort") for i in known]
+
+    def step(self) -> list[SequenceUpdate]:
+        self.steps += 1
+        time.sleep(0.0005)
+        updates = []
+        for id, message in list(self.open.items()):
+            at = self.done[id]
+            first = message.prompt[0]
+            if at == 2 and first == RAISE:
+                raise RuntimeError("the device is gone")
+            if at == 2 and first in (EXIT, KILL):
+                os._exit(3) if first == EXIT else os.kill(os.getpid(), signal.SIGKILL)
+            self.done[id] = at + 1
+            last = at + 1 == message.params.max_tokens
+            updates.append(SequenceUpdate(id, [message.prompt[at % len(message.prompt)]], "length" if last else None))
+            if last:
+                del self.open[id]
+        return updates
+
+    def stats(self) -> dict[str, float]:
+        return {"running": float(len(self.open)), "steps": float(self.steps)}
+
+    def control(self, command: str) -> Any:
+        if command == "state":
+            return {"open": sorted(self.open), "aborted": self.aborted}
+        raise ValueError(f"unknown command {command!r}")
+
+    def shutdown(self) -> None:
+        if path := os.environ.get("ECHO_SHUTDOWN"):
+            Path(path).touch()
+
+
+CORE = f"{__name__}:EchoCore"
+
+
+def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], loop: Any = None, **config: Any) -> None:
+    """Runs a test body with a started engine, within a minute, and takes the engine down."""
+
+    async def body() -> None:
+        engine = AsyncEngine(EngineConfig(**{"model": "echo", "skip_tokenizer_init": True, **config}), core=CORE)
+        await engine.start(timeout=30)
+        try:
+            async with asyncio.timeout(60):
+                await test(engine)
+        finally:
+            await engine.shutdown()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(body())
+
+
+def params(max_tokens: int | None = 8, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, **more)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Waits for something that other processes or tasks bring about."""
+    end = time.monotonic() + seconds
+    while not (await value if asyncio.iscoroutine(value := condition()) else value):
+        assert time.monotonic() < end, "it did not come about"
+        await asyncio.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("loop", [None, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_streams_whole_outputs_and_deltas(loop: Any) -> None:
+    async def body(engine: AsyncEngine) -> None:
+        assert engine.info["vocab_size"] == 256 and engine.is_alive and not engine.errored and engine.tokenizer is None
+        seen = [output async for output in engine.generate([1, 2, 3], params(8))]
+        assert seen[-1].outputs[0].token_ids == [1, 2, 3, 1, 2, 3, 1, 2] and seen[-1].outputs[0].finish_reason == "length"
+        assert [o.finished for o in seen] == [False] * (len(seen) - 1) + [True]
+        lengths = [len(o.outputs[0].token_ids) for o in seen]  # earlier outputs have not changed since
+        assert lengths == sorted(set(lengths))
+        parts = [output async for output in engine.generate({"prompt_token_ids": [1, 2, 3]}, params(8), delta=True)]
+        for part in parts[1:]:
+            merge(parts[0], part)
+        assert parts[0].outputs == seen[-1].outputs
+        siblings = [output async for output in engine.generate([5], params(4, n=3))][-1]
+        assert [(o.index, o.token_ids) for o in siblings.outputs] == [(i, [5] * 4) for i in range(3)]
+        assert engine.num_open == 0 and engine.stats["running"] == 0
+
+    with_engine(body, loop)
+
+
+def test_500_requests_at_once() -> None:
+    async def one(engine: AsyncEngine, i: int) -> None:
+        prompt = [i % 90, i // 90, 7]
+        *_, last = [output async for output in engine.generate(prompt, params(20 + i % 11))]
+        assert last.outputs[0].token_ids == [prompt[k % 3] for k in range(20 + i % 11)]
+
+    async def body(engine: AsyncEngine) -> None:
+        await asyncio.gather(*(one(engine, i) for i in range(500)))
+        assert engine.num_open == 0
+
+    with_engine(body)
+
+
+def test_a_slow_consumer_holds_up_nobody_and_misses_nothing() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        slow = engine.generate([1, 2, 3], params(300), delta=True)
+        first = await anext(slow)
+        *_, other = [output async for output in engine.generate([4], params(400))]
+        assert len(other.outputs[0].token_ids) == 400
+        rest = [output async for output in slow]
+        assert len(rest) == 1  # what came meanwhile, merged
+        assert first.outputs[0].token_ids + rest[0].outputs[0].token_ids == [1, 2, 3] * 100
+
+    with_engine(body)
+
+
+def test_text_with_a_tokenizer_and_stop_strings(tmp_path: Path) -> None:
+    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    (tmp_path / "template.jinja").write_text("{{ messages[0].content }}!")
+
+    async def body(engine: AsyncEngine) -> None:
+        assert engine.tokenizer is not None
+        pieces = [o.outputs[0].text async for o in engine.generate("é🙂 ", params(14), delta=True)]
+        assert "".join(pieces) == "é🙂 é🙂 " and not any("\ufffd" in p for p in pieces)
+        *_, last = [o async for o in engine.generate("abc🙂", params(1000, stop=["🙂a"]))]
+        assert (last.prompt, last.outputs[0].text, last.outputs[0].stop_reason) == ("abc🙂", "abc", "🙂a")
+        await until(lambda: _is_empty(engine))  # the engine was told
+        long = "words and more " * 60_000
+        ids = asyncio.create_task(engine.encode(long))
+        beats = 0
+        while not ids.done():
+            await asyncio.sleep(0.001)
+            beats += 1
+        assert engine.tokenizer.decode(await ids) == long and beats > 1  # the loop went on meanwhile
+
+    with_engine(body, model="echo", tokenizer=str(tmp_path), skip_tokenizer_init=False)
+
+
+async def _is_empty(engine: AsyncEngine) -> bool:
+    return not (await engine.control("state"))["open"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "said"),
+    [
+        ([], {}, "prompt: must not be empty"),
+        ([1, 256], {}, "prompt: token id 256"),
+        ("text", {}, "prompt: the engine has no tokenizer"),
+        (5, {}, "prompt: must be text"),
+        ({}, {}, "prompt: a dict needs"),
+        ({"prompt_token_ids": "12"}, {}, "prompt_token_ids: must be a list"),
+        ([1], {"logit_bias": {999: 1}}, "logit_bias: token id 999"),
+        ([1], {"stop": "a"}, "stop: "),
+        ([1], {"top_k": 2.5}, "top_k: "),
+    ],
+)
+def test_bad_requests_never_reach_the_engine(prompt: Any, more: dict[str, Any], said: str) -> None:
+    async def body() -> None:
+        engine = AsyncEngine(EngineConfig(model="echo", skip_tokenizer_init=True), core=CORE)
+        engine.info = {"vocab_size": 256, "max_model_len": 100}  # as if started; it has no sockets
+        with pytest.raises(ValueError, match=said):
+            await anext(engine.generate(prompt, params(**more)))
+        assert engine.num_open == 0
+
+    asyncio.run(body())
+
+
+def test_errors_of_one_request_leave_the_others_alone() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        good = asyncio.create_task(_drain(engine, [1], params(200, n=2), "same"))
+        await until(lambda: engine.num_open)
+        with pytest.raises(ValueError, match="request_id: 'same' is already running"):
+            await anext(engine.generate([1], params(), request_id="same"))
+        (refused,) = [output async for output in engine.generate([REFUSE], params())]
+        assert (refused.finished, refused.error) == (True, "prompt: cannot be computed")
+        with pytest.raises(RuntimeError, match="unknown command 'nonsense'"):
+            await engine.control("nonsense")
+        assert await good == [200, 200]
+
+    with_engine(body)
+
+
+async def _drain(engine: AsyncEngine, prompt: list[int], p: SamplingParams, request_id: str | None = None) -> list[int]:
+    *_, last = [output async for output in engine.generate(prompt, p, request_id)]
+    return [len(o.token_ids) for o in last.outputs]
+
+
+# ---------------------------------------------------------------------------------------------------------- aborts
+
+
+def test_leaving_a_stream_aborts_it() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        async with aclosing(engine.generate([1], params(None), "closed")) as stream:
+            await anext(stream)
+        async for _ in engine.generate([1], params(None, n=2), "broken off"):
+            break
+        task = asyncio.create_task(_drain(engine, [1], params(None), "cancelled"))
+
+        async def started() -> bool:
+            return "cancelled" in (await engine.control("state"))["open"]
+
+        await until(started)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        async def empty() -> bool:
+            return (await engine.control("state"))["open"] == [] and engine.num_open == 0
+
+        await until(empty)
+        assert sorted((await engine.control("state"))["aborted"]) == ["broken off#0", "broken off#1", "cancelled", "closed"]
+
+    with_engine(body)
+
+
+def test_abort_by_id_ends_the_stream() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        task = asyncio.create_task(_last(engine, "mine"))
+        await until(lambda: engine.num_open)
+        await asyncio.sleep(0.05)
+        engine.abort("mine")
+        engine.abort("unknown")
+        last = await task
+        assert last.finished and last.outputs[0].finish_reason == "abort" and last.outputs[0].token_ids
+        await until(lambda: _is_empty(engine))
+
+    with_engine(body)
+
+
+async def _last(engine: AsyncEngine, request_id: str) -> Any:
+    return [output async for output in engine.generate([1], params(None), request_id)][-1]
+
+
+def test_a_storm_of_aborts_leaves_nothing_open() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        tasks = [asyncio.create_task(_drain(engine, [i % 90], params(None))) for i in range(500)]
+        await until(lambda: engine.num_open == 500)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert engine.num_open == 0
+        await until(lambda: _is_empty(engine))
+        assert await _drain(engine, [1], params(5)) == [5]
+
+    with_engine(body)
+
+
+# --------------------------------------------------------------------------------------------------- life and death
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [(RAISE, "failed: RuntimeError: the device is gone"), (EXIT, "exited with status 3"), (KILL, "killed by signal 9")]
+)
+def test_a_dead_engine_ends_every_stream(how: int, said: str) -> None:
+    async def body(engine: AsyncEngine) -> None:
+        streams = [asyncio.create_task(_drain(engine, [1], params(None))) for _ in range(20)]
+        await until(lambda: engine.num_open == 20)
+        with pytest.raises(EngineDeadError, match=said):
+            await _drain(engine, [how], params(10))
+        for result in await asyncio.gather(*streams, return_exceptions=True):
+            assert isinstance(result, EngineDeadError) and said in str(result)
+        assert not engine.is_alive and engine.errored and engine.num_open == 0
+        with pytest.raises(EngineDeadError, match=said):
+            await anext(engine.generate([1], params()))
+        with pytest.raises(EngineDeadError, match=said):
+            await engine.control("state")
+
+    with_engine(body)
+
+
+def test_what_was_made_before_the_death_is_handed_over() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        stream, seen = engine.generate([RAISE], params(10), delta=True), 0
+        with pytest.raises(EngineDeadError):
+            while True:
+                await asyncio.sleep(0.1)
+                seen += len((await anext(stream)).outputs[0].token_ids)
+        assert seen == 2
+
+    with_engine(body)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "said"),
+    [
+        ("bad", ConfigError, "^max_model_len: 10 is more than fits$"),
+        ("broken", EngineDeadError, "failed: ValueError: something is wrong inside"),
+        ("gone", EngineDeadError, "exited with status 7"),
+        ("slow", TimeoutError, "did not start within 1 s"),
+    ],
+)
+def test_a_start_that_fails_says_why_and_leaves_nothing(
+    model: str, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def body() -> AsyncEngine:
+        engine = AsyncEngine(EngineConfig(model=model, skip_tokenizer_init=True), core=CORE)
+        with pytest.raises(kind, match=said):
+            await engine.start(timeout=1 if model == "slow" else 30)
+        return engine
+
+    engine = asyncio.run(body())
+    assert not engine.is_alive and engine._process is not None and not is_running(engine._process.pid)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_tokenizer_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    async def body() -> None:
+        with pytest.raises(ConfigError, match="tokenizer.json: no such file"):
+            await AsyncEngine(EngineConfig(model="echo", tokenizer=str(tmp_path)), core=CORE).start(timeout=30)
+
+    asyncio.run(body())
+
+
+def test_shutdown_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sockets, told = tmp_path / "sockets", tmp_path / "told"
+    sockets.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(sockets))
+    monkeypatch.setenv("ECHO_SHUTDOWN", str(told))
+
+    async def body() -> int:
+        before = set(os.listdir("/proc/self/fd"))
+        engine = AsyncEngine(EngineConfig(model="echo", skip_tokenizer_init=True), core=CORE)
+        await engine.start(timeout=30)
+        assert len(list(sockets.iterdir())) == 1
+        stream = engine.generate([1], params(None))
+        await anext(stream)
+        begin = time.monotonic()
+        await engine.shutdown()
+        assert time.monotonic() - begin < 4
+        await engine.shutdown()
+        with pytest.raises(EngineDeadError, match="was shut down"):
+            async for _ in stream:
+                pass
+        assert not engine.is_alive and not engine.errored
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await asyncio.sleep(0.1)
+        assert set(os.listdir("/proc/self/fd")) <= before
+        return int(engine.info["pid"])
+
+    pid = asyncio.run(body())
+    assert not is_running(pid) and told.exists() and list(sockets.iterdir()) == []
+
+
+def test_the_engine_ignores_interrupts_and_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    script = f"""if True:
+        import asyncio, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_client import CORE, AsyncEngine, EngineConfig
+        async def main():
+            engine = AsyncEngine(EngineConfig(model="echo", skip_tokenizer_init=True), core=CORE)
+            await engine.start(30)
+            print(engine.info["pid"], flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(main())
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert is_running(pid)
+        parent.kill()
+    end = time.monotonic() + 10
+    while is_running(pid) or list(tmp_path.iterdir()):
+        assert time.monotonic() < end, "the engine outlived its parent"
+        time.sleep(0.02)
+
+
+def test_idle_costs_nothing() -> None:
+    def cpu_seconds(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    async def body(engine: AsyncEngine) -> None:
+        await _drain(engine, [1], params(50))
+        await asyncio.sleep(0.2)
+        before = cpu_seconds(engine.info["pid"]), time.process_time()
+        await asyncio.sleep(1.5)
+        assert cpu_seconds(engine.info["pid"]) - before[0] <= 0.02
+        assert time.process_time() - before[1] <= 0.03
+
+    with_engine(body)
