@@ -1,0 +1,281 @@
+// Causal attention over the paged cache [N, H, S, D], the group of query heads that share a kv head folded into rows.
+//
+// Few rows (decode): scores and values straight from the pages, split over chunks of the context; bound by memory.
+// Many rows (prefill): blocks of scores held transposed [key][row], so that the softmax runs along lanes and both products use `micro`.
+// Chunks are absolute positions, so a sequence's sums do not depend on its neighbours.
+
+#pragma once
+
+#include "projection.hpp"
+
+namespace {
+
+template <class E>
+struct Attention {
+    const E *q, *k, *v;
+    E* out;
+    const int32_t *table, *rows, *start, *lengths;
+    long batch, table_width, heads, groups, size, dim;  // heads: query heads, groups: kv heads, size: tokens in a page
+    float scale;
+    long window;
+
+    static constexpr long CHUNK = 256;  // keys of a decode task
+    static constexpr long FEW = 16;  // rows up to which a sequence counts as decode
+    static constexpr int PANELS = 4;  // panels of rows that share a transposed block of keys
+    static constexpr float NEVER = -1e30f;
+
+    long share() const { return heads / groups; }
+    long spread() const { return ceil_div(dim, 2 * W) * 2 * W; }  // stored elements of a row in the order of load_half
+    const E* page(const E* cache, long b, long h, long key) const {
+        const long at = table[(long)rows[b] * table_width + key / size];
+        return cache + ((at * groups + h) * size + key % size) * dim;
+    }
+    const E* query(long b, long h, long row) const { return q + ((start[b] + row / share()) * heads + h * share() + row % share()) * dim; }
+    E* result(long b, long h, long row) const { return out + ((start[b] + row / share()) * heads + h * share() + row % share()) * dim; }
+
+    struct Task {
+        int b, h, first, keep;  // first: key of a decode chunk or row of a prefill block; keep: where a decode chunk's partial result goes
+    };
+
+    // ---------------------------------------------------------------------------------------------------------- decode
+
+    // Partial result of FEW rows: per row `spread` sums of p v, then the largest score and the sum of p.
+    long partial() const { return spread() + 2; }
+
+    void decode(const Task& task, float* result, float* scratch) const {
+        const long b = task.b, h = task.h, n = start[b + 1] - start[b], m = n * share(), length = lengths[b];
+        const long seen = window ? std::max(0L, length - n - window + 1) : 0;
+        const long lo = std::max<long>(task.first, seen), hi = std::min<long>(task.first + CHUNK, length);
+        using X = typename Rows<E>::X;
+        X* x = reinterpret_cast<X*>(scratch);
+        float* p = scratch + FEW * spread();
+        for (long r = 0; r < m; r++) Rows<E>::prepare(query(b, h, r), dim, x + r * spread());
+        for (long key = lo; key < hi;) {
+            const long have = std::min(size - key % size, hi - key);
+            fetch(k, b, h, key + have, hi);
+            dots<E>(page(k, b, h, key), dim, have, x, spread(), m, dim, p + key - task.first, CHUNK);
+            key += have;
+        }
+        for (long r = 0; r < m; r++) {
+            float* pr = p + r * CHUNK - task.first;
+            const long own = length - n + r / share(), from = window ? std::max(lo, own - window + 1) : lo, to = std::min(hi, own + 1);
+            soften(pr, lo, from, std::max(from, to), hi, result + r * partial() + spread());
+        }
+        for (long r = 0; r < m; r++) std::fill_n(result + r * partial(), spread(), 0.0f);
+        for (long key = lo; key < hi;) {
+            const long have = std::min(size - key % size, hi - key);
+            fetch(v, b, h, key + have, hi);
+            for (long r = 0; r < m; r += 2) {
+                if (r + 1 < m) weigh<2>(page(v, b, h, key), have, p + r * CHUNK + key - task.first, result + r * partial());
+                else weigh<1>(page(v, b, h, key), have, p + r * CHUNK + key - task.first, result + r * partial());
+            }
+            key += have;
+        }
+    }
+
+    void fetch(const E* cache, long b, long h, long key, long hi) const {
+        if (key >= hi) return;
+        const E* p = page(cache, b, h, key);
+        const long bytes = std::min(size, hi - key) * dim * sizeof(E);
+        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 2);
+    }
+
+    // Turns scores p[from:to) into exp(scale (s - largest)), zero elsewhere in [lo, hi); tail[0] and tail[1] take the largest and the sum.
+    void soften(float* p, long lo, long from, long to, long hi, float* tail) const {
+        float top = NEVER, total = 0;
+        for (long i = from; i < to; i++) top = std::max(top, p[i] * scale);
+        long i = from;
+        vf sums = {};
+        for (; i + W <= to; i += W) {
+            vf e = vexp(load<vf>(p + i) * scale - top);
+            store(p + i, e);
+            sums += e;
+        }
+        for (; i < to; i++) total += p[i] = std::exp(p[i] * scale - top);
+        std::fill(p + lo, p + std::min(from, hi), 0.0f);
+        std::fill(p + std::max(to, lo), p + hi, 0.0f);
+        tail[0] = top;
+        tail[1] = total + sum(sums);
+    }
+
+    // out[r] += sum over `have` keys of p[r][key] * values[key], in the order of load_half.
+    template <int M>
+    void weigh(const E* values, long have, const float* p, float* out) const {
+        for (long d = 0; d < dim; d += 2 * W) {
+            vf acc[M][2];
+            for (int r = 0; r < M; r++)
+                for (int half = 0; half < 2; half++) acc[r][half] = load<vf>(out + r * partial() + d + half * W);
+            const bool whole = d + 2 * W <= dim;
+            for (long i = 0; i < have; i++) {
+                const E* from = values + i * dim + d;
+                E padded[2 * W];
+                if (!whole) {
+                    std::memset(padded, 0, sizeof padded);
+                    std::memcpy(padded, from, (dim - d) * sizeof(E));
+                    from = padded;
+                }
+                vf a = load_half<0>(from), b = load_half<1>(from);
+                for (int r = 0; r < M; r++) {
+                    acc[r][0] += splat(p[r * CHUNK + i]) * a;
+                    acc[r][1] += splat(p[r * CHUNK + i]) * b;
+                }
+            }
+            for (int r = 0; r < M; r++)
+                for (int half = 0; half < 2; half++) store(out + r * partial() + d + half * W, acc[r][half]);
+        }
+    }
+
+    void combine(long b, long h, const float* parts, long chunks) const {
+        const long m = (start[b + 1] - start[b]) * share(), stride = FEW * partial();
+        for (long r = 0; r < m; r++) {
+            const float* part = parts + r * partial();
+            float top = NEVER, total = 0;
+            for (long c = 0; c < chunks; c++) top = std::max(top, part[c * stride + spread()]);
+            float sums[MAX_DIM] = {};
+            for (long c = 0; c < chunks; c++) {
+                const float* one = part + c * stride;
+                if (one[spread() + 1] == 0) continue;
+                const float weight = std::exp(one[spread()] - top);
+                total += weight * one[spread() + 1];
+#pragma omp simd
+                for (long d = 0; d < spread(); d++) sums[d] += weight * one[d];
+            }
+            E* to = result(b, h, r);
+            for (long d = 0; d < dim; d++) to[d] = narrow<E>(sums[d / (2 * W) * 2 * W + place<E>(d % (2 * W))] / total);
+        }
+    }
+    static constexpr long MAX_DIM = 512;
+
+    // --------------------------------------------------------------------------------------------------------- prefill
+
+    size_t block_floats() const { return (2 * PANELS * dim + 2 * dim + PANEL) * (size_t)PANEL + 4 * PANELS * PANEL; }
+
+    void prefill(const Task& task, float* scratch) const {
+        const long b = task.b, h = task.h, n = start[b + 1] - start[b], total = n * share(), length = lengths[b];
+        const long count = std::min<long>(total - task.first, PANELS * PANEL), panels = ceil_div(count, PANEL);
+        float *qt = scratch, *sums = qt + PANELS * dim * PANEL, *kt = sums + PANELS * dim * PANEL, *values = kt + dim * PANEL;
+        float *scores = values + dim * PANEL, *tops = scores + PANEL * PANEL, *totals = tops + PANELS * PANEL;
+        int32_t* own = reinterpret_cast<int32_t*>(totals + PANELS * PANEL);  // position of each row's query
+        for (long i = 0; i < panels; i++) {
+            const E* from[PANEL];
+            const long have = std::min<long>(PANEL, count - i * PANEL);
+            for (long r = 0; r < have; r++) from[r] = query(b, h, task.first + i * PANEL + r);
+            pack_panel<Single>(from, (int)have, 0, dim, qt + i * dim * PANEL);
+        }
+        for (long r = 0; r < panels * PANEL; r++) own[r] = (int32_t)(length - n + (task.first + std::min(r, count - 1)) / share());
+        std::fill_n(sums, panels * dim * PANEL, 0.0f);
+        std::fill_n(tops, panels * PANEL, NEVER);
+        std::fill_n(totals, panels * PANEL, 0.0f);
+        const long lo = window ? std::max(0L, own[0] - window + 1) : 0, hi = own[count - 1] + 1;
+        for (long key = lo; key < hi; key += PANEL) {
+            const long keys = std::min<long>(PANEL, hi - key);
+            const E* from[PANEL];
+            for (long i = 0; i < keys; i++) {
+                from[i] = page(k, b, h, key + i);
+                widen_row(page(v, b, h, key + i), values + i * dim, dim);
+            }
+            pack_panel<Single>(from, (int)keys, 0, dim, kt);
+            for (long i = 0; i < panels; i++) {
+                const int32_t* at = own + i * PANEL;
+                if (at[PANEL - 1] < key || (window && at[0] - window + 1 >= key + keys)) continue;  // all hidden
+                Tiles tiles(keys);
+                for (long t = 0; t < tiles.count; t++) {
+                    const long first = tiles.at(t), m = tiles.at(t + 1) - first;
+                    micro_of<Single>(m)(kt + first, PANEL, qt + i * dim * PANEL, dim, scores + first * PANEL, PANEL, false);
+                }
+                for (int half = 0; half < 2; half++)
+                    fold(scores + half * W, key, keys, at + half * W, tops + i * PANEL + half * W, totals + i * PANEL + half * W,
+                         sums + i * dim * PANEL + half * W);
+                Tiles columns(dim);
+                for (long t = 0; t < columns.count; t++) {
+                    const long first = columns.at(t), m = columns.at(t + 1) - first;
+                    micro_of<Single>(m)(values + first, dim, scores, keys, sums + i * dim * PANEL + first * PANEL, PANEL, true);
+                }
+            }
+        }
+        for (long r = 0; r < count; r++) {
+            E* to = result(b, h, task.first + r);
+            const float* from = sums + r / PANEL * dim * PANEL + r % PANEL;
+            for (long d = 0; d < dim; d++) to[d] = narrow<E>(from[d * PANEL] / totals[r]);
+        }
+    }
+
+    // One round of the online softmax for W rows: scores [key][row] become weights, older sums are rescaled.
+    void fold(float* scores, long key, long keys, const int32_t* at, float* tops, float* totals, float* sums) const {
+        const vi own = load<vi>(at);
+        const bool open = own[0] >= key + keys - 1 && (!window || own[W - 1] - window < key);  // nothing to hide
+        const vf old = load<vf>(tops);
+        vf top = old, total = {};
+        for (long i = 0; i < keys; i++) {
+            vf s = load<vf>(scores + i * PANEL) * scale;
+            if (!open) s = select(shown(own, key + i), s, splat(NEVER));
+            store(scores + i * PANEL, s);
+            top = vmax(top, s);
+        }
+        for (long i = 0; i < keys; i++) {
+            vf p = vexp(load<vf>(scores + i * PANEL) - top);
+            if (!open) p = select(shown(own, key + i), p, splat(0));
+            store(scores + i * PANEL, p);
+            total += p;
+        }
+        const vf rescale = vexp(old - top);
+        store(tops, top);
+        store(totals, load<vf>(totals) * rescale + total);
+        for (long d = 0; d < dim; d++) store(sums + d * PANEL, load<vf>(sums + d * PANEL) * rescale);
+    }
+    vi shown(vi own, long key) const {
+        const int32_t at = (int32_t)key;
+        vi visible = own >= at;
+        return window ? visible & (own - (int32_t)window < at) : visible;
+    }
+
+    // ------------------------------------------------------------------------------------------------------------- run
+
+    void run(long tokens) const {
+        static thread_local std::vector<Task> few, many;
+        static thread_local std::vector<std::pair<int, int>> joins;  // per (sequence, kv head) in decode: its first task and how many
+        few.clear(), many.clear(), joins.clear();
+        std::fill_n(out + start[batch] * heads * dim, (tokens - start[batch]) * heads * dim, narrow<E>(0));
+        for (long b = 0; b < batch; b++) {
+            const long n = start[b + 1] - start[b], m = n * share();
+            if (n <= 0) continue;
+            if (lengths[b] < n) {
+                std::fill_n(out + start[b] * heads * dim, n * heads * dim, narrow<E>(0));
+                continue;
+            }
+            for (long h = 0; h < groups; h++) {
+                if (m > FEW) {
+                    for (long r = (m - 1) / (PANELS * PANEL) * PANELS * PANEL; r >= 0; r -= PANELS * PANEL)  // the longest first
+                        many.push_back({(int)b, (int)h, (int)r, 0});
+                    continue;
+                }
+                const long seen = window ? std::max(0L, lengths[b] - n - window + 1) / CHUNK * CHUNK : 0;
+                const int at = (int)few.size();
+                for (long c = seen; c < lengths[b]; c += CHUNK) few.push_back({(int)b, (int)h, (int)c, (int)few.size()});
+                joins.push_back({at, (int)few.size() - at});
+            }
+        }
+        float* parts = caller_scratch[0].get(few.size() * FEW * partial());
+        const long tasks = (long)(few.size() + many.size());
+        const Task *decodes = few.data(), *prefills = many.data();
+        const std::pair<int, int>* join = joins.data();
+        const long decode_count = (long)few.size(), join_count = (long)joins.size();
+        const size_t room = std::max<size_t>(block_floats(), FEW * (spread() + CHUNK));
+#pragma omp parallel
+        {
+            float* scratch = own_scratch.get(room);
+#pragma omp for schedule(dynamic, 1)
+            for (long i = 0; i < tasks; i++) {
+                if (i < decode_count) decode(decodes[i], parts + (long)decodes[i].keep * FEW * partial(), scratch);
+                else prefill(prefills[i - decode_count], scratch);
+            }
+#pragma omp for schedule(static)
+            for (long i = 0; i < join_count; i++) {
+                const Task& first = decodes[join[i].first];
+                combine(first.b, first.h, parts + (long)first.keep * FEW * partial(), join[i].second);
+            }
+        }
+    }
+};
+
+}  // namespace
