@@ -11,9 +11,11 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from harness import HYBRID, MOE, SHAPE, SLIDING, VOCAB, Got, Wanted, make_core, naive, run
 
 from miniinfer.data import SamplingParams
+from miniinfer.engine.core import EngineCore
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ FEATURES = [
     Feature("chunked prefill", options={"max_num_batched_tokens": 16}),
     Feature("cached prefix", cached=True),
     Feature("no prefix cache", options={"enable_prefix_caching": False}),
-    Feature("preemption", options={"num_pages": 66, "max_num_seqs": 8}, preempted=True),
+    Feature("preemption", options={"max_num_seqs": 8}, preempted=True),
     Feature("overlapped loop", options={"overlap": 1}),
     Feature("staggered arrivals", stagger=2),
     Feature("priorities", priorities=True),
@@ -74,8 +76,12 @@ def check_pair(a: Feature, b: Feature, folder: Path, **base: Any) -> None:
         params.update(f.params)
     if options.get("device", "cpu") == "cpu":
         options.pop("enforce_eager")
+    shape = next((f.shape for f in features if f.shape), SHAPE)
     preempted = any(f.preempted for f in features)
-    core = make_core(folder, next((f.shape for f in features if f.shape), SHAPE), **options)
+    if preempted:  # room for one request at the limit, which is less than six at their ends
+        size = options.get("page_size", 8)
+        options["num_pages"] = 2 + SHAPE["max_position_embeddings"] // size
+    core = make_core(folder, shape, **options)
     rng = random.Random(5)
     shared = [rng.randrange(1, VOCAB) for _ in range(37)]
     wanted = []
@@ -87,16 +93,28 @@ def check_pair(a: Feature, b: Feature, folder: Path, **base: Any) -> None:
     if any(f.cached for f in features):
         run(core, [Wanted(shared, SamplingParams(temperature=0.0, max_tokens=4))], prefix="warm")
     got = run(core, wanted, stagger=max(f.stagger for f in features))
-    expected = [naive(core, w, k) for w in wanted for k in range(w.params.n)]
+    expected = [expect(core, shape, w, k) for w in wanted for k in range(w.params.n)]
     for g, e, w in zip(got, expected, [w for w in wanted for _ in range(w.params.n)], strict=True):
         _compare(g, e, w)
     if any(f.cached for f in features) and params.get("prompt_logprobs") is None:
         assert max(g.cached for g in got) >= 32, "nothing came from the cache"
-    if preempted and not any(f.params.get("stop_token_ids") for f in features):
+    grows = shape is not SLIDING  # a window's pages do not grow with the output, so what was admitted fits to its end
+    if preempted and grows and not any(f.params.get("stop_token_ids") for f in features):
         assert core.stats()["preemptions"] > 0, "the scenario did not preempt"
     core.cache.reset()
     core.scheduler.check()
     assert not core.has_work
+
+
+_EXPECTED: dict[tuple[Any, ...], Got] = {}
+
+
+def expect(core: EngineCore, shape: dict[str, Any], w: Wanted, sibling: int) -> Got:
+    """Naive generation, remembered: many pairs ask the same of the same weights."""
+    key = (id(shape), core.runner.device.type, tuple(w.prompt), msgspec.json.encode(w.params), sibling)
+    if key not in _EXPECTED:
+        _EXPECTED[key] = naive(core, w, sibling)
+    return _EXPECTED[key]
 
 
 def _compare(got: Got, expected: Got, wanted: Wanted) -> None:

@@ -196,28 +196,43 @@ def workspace_bytes(config: EngineConfig, shape: ModelConfig) -> int:
 
 
 def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -> list[int]:
-    """KV pages per state kind, from the memory that the options grant and the weights leave; ConfigError if not even one request fits."""
+    """KV pages per state kind, from the memory that the options grant and the weights leave; ConfigError if not even one request fits.
+
+    A sliding kind gets no more than its rows' windows can fill while full ones go without."""
     assert config.max_num_seqs and config.max_model_len and config.page_size and config.max_num_batched_tokens
     size, element = config.page_size, torch.empty((), dtype=getattr(torch, config.dtype)).element_size()
     per_layer = 2 * shape.num_kv_heads * shape.head_dim * element * size
     page_bytes = [per_layer * shape.windows.count(window) for window in shape.state_kinds]
-    full = 2 + config.max_num_seqs * (-(-config.max_model_len // size) + 1)  # every row at its limit: more is of use to the prefix cache only
+    whole = -(-config.max_model_len // size) + 1  # pages of a request at its limit
+    spans = [min(whole, (w + config.max_num_batched_tokens) // size + 2) if w else whole for w in shape.state_kinds]
     if config.num_pages is not None:
-        wanted = config.num_pages
-    elif device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = int(free - (1 - config.gpu_memory_utilization) * total) - workspace_bytes(config, shape)
-        wanted = budget // sum(page_bytes)
+        pages, granted, source = [config.num_pages] * len(spans), "", "num_pages"
     else:
-        wanted = min(int(config.cpu_kv_gib * GIB) // sum(page_bytes), full)
-    needed = 2 + -(-config.max_model_len // size)
-    if wanted < needed:
-        source = "num_pages" if config.num_pages is not None else ("gpu_memory_utilization" if device.type == "cuda" else "cpu_kv_gib")
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            budget = int(free - (1 - config.gpu_memory_utilization) * total) - workspace_bytes(config, shape)
+            source = "gpu_memory_utilization"
+        else:
+            every_row = sum(b * (config.max_num_seqs * s + 2) for b, s in zip(page_bytes, spans, strict=True))
+            budget, source = min(int(config.cpu_kv_gib * GIB), every_row), "cpu_kv_gib"
+        pages, granted = _share(budget, page_bytes, [config.max_num_seqs * s + 2 for s in spans]), f" in {max(budget, 0) / GIB:.2f} GiB"
+    if any(p < span + 1 for p, span in zip(pages, spans, strict=True)):
+        needed = sum(b * (s + 1) for b, s in zip(page_bytes, spans, strict=True)) / GIB
         raise ConfigError(
-            f"{source}: room for {max(wanted, 0)} KV pages of {size} tokens, but one request of max_model_len={config.max_model_len} tokens "
-            f"needs {needed} ({needed * sum(page_bytes) / GIB:.2f} GiB); raise {source} or lower max_model_len"
+            f"{source}: room for {max(min(pages), 0)} KV pages of {size} tokens{granted}, but one request of max_model_len={config.max_model_len} "
+            f"tokens needs {max(spans) + 1} ({needed:.2f} GiB); raise {source} or lower max_model_len"
         )
-    return [wanted] * len(page_bytes)
+    return pages
+
+
+def _share(budget: int, page_bytes: list[int], limits: list[int]) -> list[int]:
+    """Splits bytes into equal numbers of pages per kind, sliding ones up to their limit; the first kind (full attention, if any) gets the rest."""
+    even = budget // sum(page_bytes)
+    if len(page_bytes) == 1:
+        return [even]
+    capped = [min(even, limit) for limit in limits[1:]]  # full attention comes first in state_kinds
+    rest = budget - sum(p * b for p, b in zip(capped, page_bytes[1:], strict=True))
+    return [rest // page_bytes[0], *capped]
 
 
 def synchronize(device: torch.device) -> float:
