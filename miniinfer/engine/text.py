@@ -43,7 +43,8 @@ class Tokenizer:
         self._backend = backend
         self._spell = _Speller(backend, source)
         self._bytes: dict[int, bytes] = {}
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        # What `skip_special_tokens` leaves out:
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.special_tokens = special_tokens or {}
         self.chat_templates = {name: ChatTemplate(text) for name, text in (chat_templates or {}).items()}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -99,10 +100,6 @@ class Tokenizer:
         """The id of a token by its exact spelling in the vocabulary (for instance "<|im_end|>"), None if there is none."""
         found = self._backend.token_to_id(token)
         return None if found is None else int(found)
-
-    def is_special(self, id: int) -> bool:
-        """Is it a token that `skip_special_tokens` leaves out."""
-        return id in self._special_ids
 
     @property
     def bos_token_id(self) -> int | None:
@@ -239,7 +236,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         self._bytes = tokenizer.token_bytes
-        self._skip = tokenizer._special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.push(prompt[-4:])  # the output may complete a character that the prompt ends within: at most three bytes of it
 

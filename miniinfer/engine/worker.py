@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -124,7 +123,7 @@ def _send(outbox: zmq.Socket[bytes], message: Updates | Ready | Failed | Reply) 
 def _follow_parent(folder: str) -> None:
     """Waits for the end of stdin. The parent closes it only by dying: it ends a worker that it no longer wants with a signal."""
     os.read(sys.stdin.fileno(), 1)
-    shutil.rmtree(Path(folder), ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -15,82 +15,16 @@ from typing import Any
 
 import pytest
 import uvloop
+from echo_core import EXIT, KILL, RAISE, REFUSE
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from miniinfer.config import ConfigError, EngineConfig
-from miniinfer.data import Add, SamplingParams, SequenceUpdate
+from miniinfer.data import SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.engine.output import merge
 
-RAISE, EXIT, KILL, REFUSE = 91, 92, 93, 94  # a prompt that begins with one of these does this to the engine
-
-
-class EchoCore:
-    """Answers with the prompt over and over, a token of each sequence a step. `model` says how it starts."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        if config.model == "bad":
-            raise ConfigError("max_model_len: 10 is more than fits")
-        if config.model == "broken":
-            raise ValueError("something is wrong inside")
-        if config.model == "gone":
-            os._exit(7)
-        if config.model == "slow":
-            time.sleep(60)
-        self.info = {"vocab_size": 256, "max_model_len": 100_000, "model": config.model, "pid": os.getpid()}
-        self.open: dict[str, Add] = {}
-        self.done: dict[str, int] = {}
-        self.aborted: list[str] = []
-        self.steps = 0
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.open)
-
-    def add(self, message: Add) -> list[SequenceUpdate]:
-        if message.prompt[0] == REFUSE:
-            return [SequenceUpdate(message.id, [], "error", error="prompt: cannot be computed")]
-        self.open[message.id], self.done[message.id] = message, 0
-        return []
-
-    def abort(self, ids: list[str]) -> list[SequenceUpdate]:
-        known = [i for i in ids if self.open.pop(i, None)]
-        self.aborted += known
-        return [SequenceUpdate(i, [], "abort") for i in known]
-
-    def step(self) -> list[SequenceUpdate]:
-        self.steps += 1
-        time.sleep(0.0005)
-        updates = []
-        for id, message in list(self.open.items()):
-            at = self.done[id]
-            first = message.prompt[0]
-            if at == 2 and first == RAISE:
-                raise RuntimeError("the device is gone")
-            if at == 2 and first in (EXIT, KILL):
-                os._exit(3) if first == EXIT else os.kill(os.getpid(), signal.SIGKILL)
-            self.done[id] = at + 1
-            last = at + 1 == message.params.max_tokens
-            updates.append(SequenceUpdate(id, [message.prompt[at % len(message.prompt)]], "length" if last else None))
-            if last:
-                del self.open[id]
-        return updates
-
-    def stats(self) -> dict[str, float]:
-        return {"running": float(len(self.open)), "steps": float(self.steps)}
-
-    def control(self, command: str) -> Any:
-        if command == "state":
-            return {"open": sorted(self.open), "aborted": self.aborted}
-        raise ValueError(f"unknown command {command!r}")
-
-    def shutdown(self) -> None:
-        if path := os.environ.get("ECHO_SHUTDOWN"):
-            Path(path).touch()
-
-
-CORE = f"{__name__}:EchoCore"
+CORE = "echo_core:EchoCore"
 
 
 def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], loop: Any = None, **config: Any) -> None:
@@ -413,11 +347,11 @@ def test_shutdown_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_engine_ignores_interrupts_and_does_not_outlive_its_parent(tmp_path: Path) -> None:
     script = f"""if True:
-        import asyncio, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_client import CORE, AsyncEngine, EngineConfig
+        import asyncio
+        from miniinfer.config import EngineConfig
+        from miniinfer.engine.client import AsyncEngine
         async def main():
-            engine = AsyncEngine(EngineConfig(model="echo", skip_tokenizer_init=True), core=CORE)
+            engine = AsyncEngine(EngineConfig(model="echo", skip_tokenizer_init=True), core={CORE!r})
             await engine.start(30)
             print(engine.info["pid"], flush=True)
             await asyncio.sleep(60)

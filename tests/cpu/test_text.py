@@ -130,7 +130,7 @@ def test_special_and_unknown_ids() -> None:
     assert pieces(BYTE_LEVEL, [end, tool, -1, 10**6, 2**40], skip=True) == ["", "<tool_call>", "", "", ""]
     assert pieces(BYTE_LEVEL, [end, tool], skip=False) == ["<|end|>", "<tool_call>"]
     assert BYTE_LEVEL.decode([-1, 10**6, 2**40, tool]) == "<tool_call>"
-    assert BYTE_LEVEL.is_special(end) and not BYTE_LEVEL.is_special(tool)
+    assert end in BYTE_LEVEL.special_ids and tool not in BYTE_LEVEL.special_ids
 
 
 def test_token_bytes_and_text() -> None:
