@@ -186,10 +186,11 @@ class Scheduler:
     def _plan_running(self, entries: list[PageEntry]) -> list[tuple[Request, int]]:
         """(request, tokens) pairs of running requests.
 
-        Budget goes to decodes first, so that long prompts never hold them up. Pages go by key: a request short of pages takes them from
-        the highest key, whose turn has not come, so nothing already planned is undone."""
-        running, work = self._running, []
-        budget = self._budget - sum(1 for r in running if len(r.tokens) + r.in_flight - r.computed == 1)
+        Each may have one token, which is all that a decode wants; prompts share what the budget leaves, so that they never hold decodes
+        up. Pages go by key: a request short of pages takes them from the highest key, whose turn has not come, so nothing planned is undone."""
+        running = self._running
+        work: list[tuple[Request, int]] = []
+        spare = self._budget - len(running)
         turn = 0
         while turn < len(running):
             request = running[turn]
@@ -199,10 +200,8 @@ class Scheduler:
                 continue
             count = total - request.computed
             if count > 1:
-                count = min(count, budget, self._max_chunk)
-                if count <= 0:
-                    continue
-                budget -= count
+                count = min(count, spare + 1, self._max_chunk)
+                spare -= count - 1
             if request.computed + count > request.pages.capacity and not self._make_room(request, count, entries):
                 break
             work.append((request, count))
@@ -224,6 +223,8 @@ class Scheduler:
     def _plan_waiting(self, work: list[tuple[Request, int]], plan: StepPlan) -> None:
         """Admits from the queue while rows, budget and pages last. A request that does not fit holds up those behind it; one that
         waits for its leader's prompt pages does not."""
+        if not self._waiting or not self._rows:
+            return
         held = []
         budget = self._budget - sum(count for _, count in work)
         while self._waiting and self._rows and budget > 0:
@@ -264,24 +265,26 @@ class Scheduler:
 
     def _advance(self, work: list[tuple[Request, int]], plan: StepPlan) -> None:
         """Writes the plan's rows and moves the requests on as if it were done: whatever is planned next is executed after it."""
+        plan.rows = [request.row for request, _ in work]
+        plan.starts = [request.computed for request, _ in work]
+        plan.counts = [count for _, count in work]
+        samples = plan.samples
         for request, count in work:
+            params, prompt_len = request.params, request.prompt_len
             start = request.computed
             end = request.computed = start + count
-            sample = end == len(request.tokens) + request.in_flight
-            plan.rows.append(request.row)
-            plan.starts.append(start)
-            plan.counts.append(count)
-            plan.samples.append(sample)
-            params = request.params
-            if sample:
+            if end == len(request.tokens) + request.in_flight:
+                samples.append(True)
                 request.in_flight += 1
                 if params.logprobs is not None and params.logprobs > plan.logprobs:
                     plan.logprobs = params.logprobs
-            if start < request.prompt_len:
-                self._counts["prompt_tokens"] += min(end, request.prompt_len) - start
-                if params.prompt_logprobs is not None and max(start, len(request.prompt_logprobs)) < request.prompt_len - 1:
-                    plan.prompt_logprobs.append(len(plan.rows) - 1)
-            if count > 1:  # many tokens are known ones; siblings and other requests can share them from the next plan on
+            else:
+                samples.append(False)
+            if start < prompt_len:
+                self._counts["prompt_tokens"] += min(end, prompt_len) - start
+                if params.prompt_logprobs is not None and max(start, len(request.prompt_logprobs)) < prompt_len - 1:
+                    plan.prompt_logprobs.append(len(samples) - 1)
+            if count > 1:  # known tokens: siblings and other requests can share them from the next plan on
                 self.cache.commit(request)
 
     # -------------------------------------------------------------------------------------------------------- results
@@ -290,44 +293,47 @@ class Scheduler:
         """A step's results: tokens appended, stop rules, finished requests freed. Results of requests that have ended are dropped."""
         updates: list[SequenceUpdate] = []
         requests = self._planned.pop(plan.step)
-        finished = self._counts["finished"]
-        for index, request in enumerate(requests):
-            if request.status is Status.FINISHED:  # aborted or stopped meanwhile: the one rule for late results
+        before = self._counts["finished"]
+        gone, logprobs, prompt_logprobs = Status.FINISHED, result.logprobs, result.prompt_logprobs
+        for index, (request, sampled) in enumerate(zip(requests, plan.samples, strict=True)):
+            if request.status is gone:  # aborted or stopped meanwhile: the one rule for late results
                 continue
-            if result.prompt_logprobs and index in result.prompt_logprobs:
-                self._gather_prompt_logprobs(request, plan.starts[index], result.prompt_logprobs[index])
-            if plan.samples[index]:
+            if prompt_logprobs and index in prompt_logprobs:
+                self._gather_prompt_logprobs(request, plan.starts[index], prompt_logprobs[index])
+            if sampled:
                 request.in_flight -= 1
-                logprobs = result.logprobs[index] if result.logprobs is not None and request.params.logprobs is not None else None
-                updates.append(self._append(request, result.tokens[index], logprobs))
-        if self._counts["finished"] != finished:
+                update = self._append(request, result.tokens[index])
+                if logprobs is not None and request.params.logprobs is not None:
+                    update.logprobs = _narrowed(logprobs[index][: len(update.token_ids)], request.params.logprobs)
+                updates.append(update)
+        if self._counts["finished"] != before:
             self._drop_finished()
         return updates
 
-    def _append(self, request: Request, new: list[int], logprobs: list[TokenLogprobs] | None) -> SequenceUpdate:
+    def _append(self, request: Request, new: list[int]) -> SequenceUpdate:
         """Appends sampled tokens until a stop rule holds; the stop token itself is part of the output."""
-        tokens, params = request.tokens, request.params
-        prompt_logprobs = request.prompt_logprobs if params.prompt_logprobs is not None and len(tokens) == request.prompt_len else None
-        finish: str | None = None
-        stop: int | None = None
-        taken = 0
+        tokens, before = request.tokens, len(request.tokens)
+        update = SequenceUpdate(request.id, new, cached_tokens=request.cached_tokens)
+        if before == request.prompt_len and request.params.prompt_logprobs is not None:
+            update.prompt_logprobs = request.prompt_logprobs
         for token in new:
             tokens.append(token)
-            taken += 1
-            if token in request.stop_ids and len(tokens) - request.prompt_len >= params.min_tokens:
-                finish = "stop"
-                stop = None if token in self._eos and not params.ignore_eos else token
+            if (token in request.stop_ids or len(tokens) >= request.max_total) and self._ends(request, token, update):
+                update.token_ids = new[: len(tokens) - before]
+                self._finish(request)
                 break
-            if len(tokens) >= request.max_total:
-                finish = "length"
-                break
-        self._counts["generated_tokens"] += taken
-        if finish is not None:
-            self._finish(request)
-        if logprobs is not None:
-            wanted = (params.logprobs or 0) + 1  # the step carries as many alternatives as its most demanding row wants
-            logprobs = [TokenLogprobs(p.token_ids[:wanted], p.logprobs[:wanted], p.ranks[:wanted]) for p in logprobs[:taken]]
-        return SequenceUpdate(request.id, new[:taken], finish, stop, logprobs, prompt_logprobs, request.cached_tokens)
+        self._counts["generated_tokens"] += len(update.token_ids)
+        return update
+
+    def _ends(self, request: Request, token: int, update: SequenceUpdate) -> bool:
+        """Whether `token`, just appended, ends the request; says why in the update."""
+        params = request.params
+        if token in request.stop_ids and len(request.tokens) - request.prompt_len >= params.min_tokens:
+            update.finish_reason = "stop"
+            update.stop_reason = None if token in self._eos and not params.ignore_eos else token
+        elif len(request.tokens) >= request.max_total:
+            update.finish_reason = "length"
+        return update.finish_reason is not None
 
     def _gather_prompt_logprobs(self, request: Request, start: int, found: list[TokenLogprobs]) -> None:
         """Appends one chunk's; a resumed request computes positions again that it has. The last prompt position predicts output."""
@@ -377,6 +383,12 @@ class Scheduler:
             _ensure(0 <= r.in_flight <= launched[r.id], "a token is in flight without a step")
             _ensure(r.computed <= len(r.tokens) + r.in_flight <= r.max_total, "a request has run past its end")
         _ensure(sum(g.alive for g in self._groups.values()) == sum(r.group is not None for r in everyone), "a group's size is wrong")
+
+
+def _narrowed(found: list[TokenLogprobs], alternatives: int) -> list[TokenLogprobs]:
+    """A step carries as many alternatives as its most demanding row wants; the others get their own number, and the token's own."""
+    end = alternatives + 1
+    return [TokenLogprobs(p.token_ids[:end], p.logprobs[:end], p.ranks[:end]) for p in found]
 
 
 def _ensure(ok: bool, message: str) -> None:
