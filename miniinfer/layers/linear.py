@@ -34,12 +34,11 @@ class Linear(Layer):
         return self._packed(x) if self._packed is not None else F.linear(x, self.weight, self.bias)
 
     def pack(self, pack_linear: Packer) -> None:
-        """Hands the weight over to `pack_linear(weight, bias) -> (x -> y)` and computes with that from now on.
+        """Computes with `pack_linear(weight, bias) -> (x -> y)` from now on. For serving: no gradient passes.
 
-        The plain weight is let go (a shape without storage stays), so that the memory is not paid twice. For serving only: packed weights
-        can neither be trained nor saved nor loaded into."""
+        The packer may rearrange nothing: it reads the weight where it lies, so that the memory is not paid twice and new values copied
+        into the parameter take effect."""
         self._packed = pack_linear(self.weight.detach(), None if self.bias is None else self.bias.detach())
-        self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
 
 
 def _stack(parts: dict[str, int], kind: str) -> tuple[Part, ...]:

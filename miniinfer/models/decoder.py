@@ -77,7 +77,7 @@ class Decoder(Layer):
         return self.head(hidden).float()
 
     def pack(self, pack_linear: Packer) -> None:
-        """Packs every linear layer, the head included (a tied embedding keeps its table besides). See Linear.pack."""
+        """Packs every linear layer, the head included. See Linear.pack."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(pack_linear)

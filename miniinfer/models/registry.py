@@ -27,5 +27,5 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, m
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, a shared one once. Packed weights count as their plain form."""
+    """Bytes of all parameters, a shared one once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -79,7 +79,7 @@ def _targets(model: nn.Module, found: dict[str, tuple[tuple[int, ...], str]], so
     missing: list[str] = []
     for name, param, layout in layouts(model):
         if param.is_meta:
-            raise ValueError(f"{name} has no storage (packed, or built on meta): weights cannot be loaded into it")
+            raise ValueError(f"{name} was built on meta: it has no storage to load into")
         parts = _present(layout, found)
         known.update(part.name for choice in (layout.parts, *layout.alternatives) for part in choice)
         missing += [part.name for part in parts if part.name not in found]
@@ -133,7 +133,7 @@ def _shards(model: nn.Module, shard_bytes: int) -> list[dict[str, Tensor]]:
     size = 0
     for name, param, layout in layouts(model):
         if param.is_meta:
-            raise ValueError(f"{name} has no storage (packed, or built on meta): it cannot be saved")
+            raise ValueError(f"{name} was built on meta: there is nothing to save")
         for part in layout.parts:
             view = part.view(param.detach())
             size += view.numel() * view.element_size()

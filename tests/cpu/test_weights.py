@@ -177,6 +177,14 @@ def test_unreadable_folders(tmp_path: Path) -> None:
         loaded(folder)
 
 
+def test_a_model_without_storage_is_neither_filled_nor_saved(tmp_path: Path) -> None:
+    folder = tiny_folder("llama", tmp_path)
+    model = build(ModelConfig.from_folder(folder), torch.float32, "meta")
+    for use in (load, save):
+        with pytest.raises(ValueError, match=r"embed\.weight was built on meta"):
+            use(model, folder)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_cover_every_parameter(family: str) -> None:
     model = build(ModelConfig.from_hf(tiny_model(family).config.to_dict()), torch.float32, "cpu")
