@@ -37,7 +37,14 @@ SHAPE: dict[str, Any] = {
 }
 HYBRID = {**SHAPE, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 SLIDING = {**SHAPE, "architectures": ["MistralForCausalLM"], "sliding_window": 24}
-MOE = {**SHAPE, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+MOE = {
+    **SHAPE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
 
 
 def make_core(folder: Path, shape: dict[str, Any] = SHAPE, **options: Any) -> EngineCore:

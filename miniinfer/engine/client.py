@@ -40,6 +40,7 @@ Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": text
 
 SHORT_TEXT = 4096  # characters; tokenizing up to so many takes about a millisecond, less than a thread's round trip is worth
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+LONGEST_FOLDER = 60  # characters of the temporary directory; a socket's whole path must stay below 104 (macOS) or 108 (Linux)
 LAST_WORDS_SECONDS = 0.3  # how long the reader may still find a message of a process that has ended
 
 
@@ -136,7 +137,8 @@ class AsyncEngine:
 
     async def _spawn(self) -> None:
         """Sockets first, so that the child finds them; then the child, which sees the same modules as this process."""
-        folder = tempfile.mkdtemp(prefix="miniinfer-")  # mode 0700: nobody else may connect
+        short = len(tempfile.gettempdir()) <= LONGEST_FOLDER
+        folder = tempfile.mkdtemp(prefix="miniinfer-", dir=None if short else "/tmp")  # mode 0700: nobody else may connect
         self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
         level = logging.getLevelName(logging.getLogger("miniinfer").getEffectiveLevel()).lower()
         start = WorkerStart(self.config, self._core, folder, level)
@@ -284,16 +286,20 @@ class AsyncEngine:
 
     async def _read(self) -> None:
         """Takes in whatever has come, several steps at once if we are behind, and then lets the streams' consumers have their turn."""
-        while True:
-            frames = [await self._inbox.recv()]
-            with contextlib.suppress(zmq.Again):
-                while len(frames) < 2 * QUEUED_STEPS:
-                    frames.append(await self._inbox.recv(zmq.NOBLOCK))
-            messages = [self._decoder.decode(frame) for frame in frames]
-            self._update([message for message in messages if isinstance(message, Updates)])
-            for message in messages:
-                self._receive(message)
-            await asyncio.sleep(0)  # a receive that finds a message does not yield
+        try:
+            while True:
+                frames = [await self._inbox.recv()]
+                with contextlib.suppress(zmq.Again):
+                    while len(frames) < 2 * QUEUED_STEPS:
+                        frames.append(await self._inbox.recv(zmq.NOBLOCK))
+                messages = [self._decoder.decode(frame) for frame in frames]
+                self._update([message for message in messages if isinstance(message, Updates)])
+                for message in messages:
+                    self._receive(message)
+                await asyncio.sleep(0)  # a receive that finds a message does not yield
+        except Exception as e:  # a fault of ours: better that every stream ends than that all wait for ever
+            log.exception("what the engine sent could not be handled")
+            self._die(EngineDeadError(f"what the engine sent could not be handled: {type(e).__name__}: {e}"))
 
     def _update(self, steps: list[Updates]) -> None:
         if not steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Graphs:
     def __init__(self, forward: Callable[[int], Tensor], limit: int, enabled: bool) -> None:
         self.forward, self.sizes, self.enabled = forward, buckets(limit), enabled
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.pool: tuple[int, int] | None = None
+        self.pool: Any = None  # one memory pool for all captures: they never run at the same time
 
     def bucket(self, size: int) -> int:
         """The batch size that `size` entries are padded to: the size itself without graphs."""

@@ -65,7 +65,7 @@ class LLM:
 
         `sampling_params`: one for all, or one each. Returns one RequestOutput per prompt, in order. ValueError names a bad prompt or field; then
         nothing has been started."""
-        wanted = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[arg-type]
+        wanted: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         params = self._params_for(len(wanted), sampling_params)
         if priority is not None and len(priority) != len(wanted):
             raise ValueError(f"priority: {len(priority)} values for {len(wanted)} prompts")
@@ -117,7 +117,7 @@ class LLM:
                 raise ValueError("prompts: a dict needs the key 'prompt' or 'prompt_token_ids'")
             prompt = prompt["prompt"]
         if not isinstance(prompt, str):
-            return None, list(prompt)
+            return None, list(prompt)  # type: ignore[arg-type]  # a dict whose prompt is token ids
         if self.tokenizer is None:
             raise ValueError("prompts: text needs a tokenizer, but the engine was made with skip_tokenizer_init=True; give token ids")
         return prompt, self.tokenizer.encode(prompt)

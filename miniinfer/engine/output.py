@@ -158,13 +158,13 @@ class OutputProcessor:
     ) -> list[Add]:
         """Opens a request that `validate` has passed. Returns a message for each of its n sequences, in the order in which the engine must get
         them: siblings share the prompt's pages. ValueError if the id is already open."""
-        if request_id in self._requests:
-            raise ValueError(f"request_id: {request_id!r} is already running")
-        request = self._requests[request_id] = _Request(params, RequestOutput(request_id, prompt, prompt_token_ids, [], False))
         if params.n == 1:
             ids, group, each = [request_id], None, params
         else:
             ids, group, each = [f"{request_id}#{i}" for i in range(params.n)], request_id, msgspec.structs.replace(params, n=1)
+        if request_id in self._requests or any(id in self._sequences for id in ids):
+            raise ValueError(f"request_id: {request_id!r} is already running")
+        request = self._requests[request_id] = _Request(params, RequestOutput(request_id, prompt, prompt_token_ids, [], False))
         for index, id in enumerate(ids):
             sequence = self._sequences[id] = _Sequence(id, index, request, self._tokenizer)
             request.running.add(id)

@@ -206,8 +206,8 @@ def apply_penalties(
 ) -> Tensor:  # fmt: skip
     """Repetition [Keskar 2019], presence and frequency penalties, from the tokens themselves: no counts are kept, so resume needs nothing.
 
-    logits [B, V] fp32; tokens [R, L] int32 device rows; rows, prompt_lens, lengths [B] int32: row b has lengths[b] tokens, prompt_lens[b] of them prompt.
-    Repetition counts prompt and output tokens, the other two output tokens only. Returns new logits [B, V]."""
+    logits [B, V] fp32; tokens [R, L] int32 device rows; rows, prompt_lens, lengths [B] int32: row b has lengths[b] tokens,
+    prompt_lens[b] of them prompt. Repetition counts prompt and output tokens, the other two output tokens only. Returns new logits [B, V]."""
     batch, vocab = logits.shape
     known = tokens[rows.long(), :max_length].long()
     at = torch.arange(known.shape[1], device=logits.device)
