@@ -9,7 +9,7 @@ from typing import Any
 from miniinfer.config import ConfigError, EngineConfig
 from miniinfer.data import Add, SequenceUpdate
 
-RAISE, EXIT, KILL, REFUSE = 91, 92, 93, 94  # a prompt that begins with one of these does this to the engine
+RAISE, EXIT, KILL, REFUSE, GARBLE = 91, 92, 93, 94, 95  # a prompt that begins with one of these does this to the engine
 
 
 class EchoCore:
@@ -56,6 +56,8 @@ class EchoCore:
                 raise RuntimeError("the device is gone")
             if at == 2 and first in (EXIT, KILL):
                 os._exit(3) if first == EXIT else os.kill(os.getpid(), signal.SIGKILL)
+            if at == 2 and first == GARBLE:
+                return [SequenceUpdate(id, "not a list of ids")]  # type: ignore[arg-type]
             self.done[id] = at + 1
             last = at + 1 == message.params.max_tokens
             updates.append(SequenceUpdate(id, [message.prompt[at % len(message.prompt)]], "length" if last else None))

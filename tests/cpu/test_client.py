@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
-from echo_core import EXIT, KILL, RAISE, REFUSE
+from echo_core import EXIT, GARBLE, KILL, RAISE, REFUSE
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -41,6 +41,14 @@ def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], loop: Any = None
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(body())
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that engines make their socket folders in; short, as socket paths must be."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def params(max_tokens: int | None = 8, **more: Any) -> SamplingParams:
@@ -249,7 +257,13 @@ def test_a_storm_of_aborts_leaves_nothing_open() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [(RAISE, "failed: RuntimeError: the device is gone"), (EXIT, "exited with status 3"), (KILL, "killed by signal 9")]
+    ("how", "said"),
+    [
+        (RAISE, "failed: RuntimeError: the device is gone"),
+        (EXIT, "exited with status 3"),
+        (KILL, "killed by signal 9"),
+        (GARBLE, "could not be handled: ValidationError"),
+    ],
 )
 def test_a_dead_engine_ends_every_stream(how: int, said: str) -> None:
     async def body(engine: AsyncEngine) -> None:
@@ -289,11 +303,7 @@ def test_what_was_made_before_the_death_is_handed_over() -> None:
         ("slow", TimeoutError, "did not start within 1 s"),
     ],
 )
-def test_a_start_that_fails_says_why_and_leaves_nothing(
-    model: str, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
+def test_a_start_that_fails_says_why_and_leaves_nothing(model: str, kind: type[Exception], said: str, sockets: Path) -> None:
     async def body() -> AsyncEngine:
         engine = AsyncEngine(EngineConfig(model=model, skip_tokenizer_init=True), core=CORE)
         with pytest.raises(kind, match=said):
@@ -302,7 +312,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
 
     engine = asyncio.run(body())
     assert not engine.is_alive and engine._process is not None and not is_running(engine._process.pid)
-    assert list(tmp_path.iterdir()) == []
+    assert list(sockets.iterdir()) == []
 
 
 def test_a_missing_tokenizer_is_a_config_error(tmp_path: Path) -> None:
@@ -315,10 +325,8 @@ def test_a_missing_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
-def test_shutdown_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sockets, told = tmp_path / "sockets", tmp_path / "told"
-    sockets.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(sockets))
+def test_shutdown_leaves_nothing_behind(tmp_path: Path, sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "told"
     monkeypatch.setenv("ECHO_SHUTDOWN", str(told))
 
     async def body() -> int:
@@ -345,7 +353,7 @@ def test_shutdown_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monk
     assert not is_running(pid) and told.exists() and list(sockets.iterdir()) == []
 
 
-def test_the_engine_ignores_interrupts_and_does_not_outlive_its_parent(tmp_path: Path) -> None:
+def test_the_engine_ignores_interrupts_and_does_not_outlive_its_parent(sockets: Path) -> None:
     script = f"""if True:
         import asyncio
         from miniinfer.config import EngineConfig
@@ -357,7 +365,7 @@ def test_the_engine_ignores_interrupts_and_does_not_outlive_its_parent(tmp_path:
             await asyncio.sleep(60)
         asyncio.run(main())
     """
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "TMPDIR": str(sockets), "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
@@ -366,9 +374,20 @@ def test_the_engine_ignores_interrupts_and_does_not_outlive_its_parent(tmp_path:
         assert is_running(pid)
         parent.kill()
     end = time.monotonic() + 10
-    while is_running(pid) or list(tmp_path.iterdir()):
+    while is_running(pid) or list(sockets.iterdir()):
         assert time.monotonic() < end, "the engine outlived its parent"
         time.sleep(0.02)
+
+
+def test_a_long_temporary_directory_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    async def body(engine: AsyncEngine) -> None:
+        assert await _drain(engine, [1], params(3)) == [3]
+
+    with_engine(body)
 
 
 def test_idle_costs_nothing() -> None:

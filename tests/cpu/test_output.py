@@ -245,8 +245,15 @@ def test_siblings() -> None:
         (2, "xy", "length", None),
     ]
     assert run.aborts == ["r#1"]
-    with pytest.raises(ValueError, match="request_id: 'x' is already running"):
-        run.deltas.add("x", None, [1], SamplingParams()) and run.deltas.add("x", None, [1], SamplingParams())
+
+
+def test_request_ids_do_not_collide() -> None:
+    processor = OutputProcessor(None)
+    processor.add("x", None, [1], SamplingParams(n=2))
+    for taken in ("x", "x#1"):
+        with pytest.raises(ValueError, match=f"request_id: '{taken}' is already running"):
+            processor.add(taken, None, [1], SamplingParams())
+    assert len(processor) == 1
 
 
 def test_logprobs_in_vllms_shape() -> None:
