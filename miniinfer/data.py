@@ -170,7 +170,7 @@ class StepResult(msgspec.Struct, array_like=True):
 
 
 class Add(msgspec.Struct, tag=True, array_like=True):
-    """To the engine: start a sequence. Siblings of one request (n > 1) carry the same `group`."""
+    """To the engine: start a sequence. The n siblings of one request carry the same `group`, and params with their n."""
 
     id: str
     prompt: list[int]

@@ -159,9 +159,9 @@ class OutputProcessor:
         """Opens a request that `validate` has passed. Returns a message for each of its n sequences, in the order in which the engine must get
         them: siblings share the prompt's pages. ValueError if the id is already open."""
         if params.n == 1:
-            ids, group, each = [request_id], None, params
-        else:
-            ids, group, each = [f"{request_id}#{i}" for i in range(params.n)], request_id, msgspec.structs.replace(params, n=1)
+            ids, group = [request_id], None
+        else:  # each message keeps n: the engine knows by it how many siblings will come
+            ids, group = [f"{request_id}#{i}" for i in range(params.n)], request_id
         if request_id in self._requests or any(id in self._sequences for id in ids):
             raise ValueError(f"request_id: {request_id!r} is already running")
         request = self._requests[request_id] = _Request(params, RequestOutput(request_id, prompt, prompt_token_ids, [], False))
@@ -171,7 +171,7 @@ class OutputProcessor:
             if not self._deltas:
                 sequence.output = CompletionOutput(index, "", [])
                 request.result.outputs.append(sequence.output)
-        return [Add(id, prompt_token_ids, each, priority, group, cache_salt) for id in ids]
+        return [Add(id, prompt_token_ids, params, priority, group, cache_salt) for id in ids]
 
     def process(self, updates: Sequence[SequenceUpdate]) -> tuple[list[RequestOutput], list[str]]:
         """Takes in a step's updates; those of sequences that are no longer open are dropped. Returns results, as `deltas` says, and the

@@ -234,7 +234,7 @@ def test_abort_and_drop() -> None:
 
 def test_siblings() -> None:
     run = Run(n=3, stop=["b"])
-    assert [(a.id, a.group, a.params.n) for a in run.adds] == [(f"r#{i}", "r", 1) for i in range(3)]
+    assert [(a.id, a.group, a.params.n) for a in run.adds] == [(f"r#{i}", "r", 3) for i in range(3)]
     run.feed(SequenceUpdate("r#2", ids("x"), cached_tokens=2), SequenceUpdate("r#0", ids("a")))
     run.feed(SequenceUpdate("r#1", ids("b")), SequenceUpdate("r#0", ids("c"), "length"))
     assert run.total is not None and not run.total.finished and run.total.num_cached_tokens == 0
