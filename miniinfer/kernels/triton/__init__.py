@@ -1,6 +1,32 @@
-"""Triton overlays of the reference ops (GPU)."""
+"""Triton overlays of the reference ops (GPU).
+
+Owns the list of what is overlaid; meaning, shapes and dtypes of each op stand in kernels/reference.py. No op waits for the device or
+allocates by its data, so every one can be captured into a CUDA graph. `rope_qkv` stays with the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from miniinfer.kernels.triton.attention_launch import attention, paged_attention
+from miniinfer.kernels.triton.experts import moe
+from miniinfer.kernels.triton.rope import rope_qkv_cache
+from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
+from miniinfer.kernels.triton.sampling import apply_penalties, sample
+from miniinfer.kernels.triton.steps import copy_pages, step_inputs
+
+__all__ = [
+    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "load", "moe", "paged_attention", "rms_norm", "rope_qkv_cache", "sample",
+    "silu_mul", "step_inputs",
+]  # fmt: skip
 
 
 def load() -> None:
-    """Raises ImportError where Triton is missing."""
-    import triton  # noqa: F401
+    """Raises RuntimeError where the kernels cannot run: no GPU (and no interpreter), or one older than Ampere."""
+    if triton.knobs.runtime.interpret:
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA device")
+    if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        raise RuntimeError(f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which bfloat16 products need")

@@ -1,0 +1,462 @@
+"""Checks of overlay kernels against the reference ops, shared by the GPU tests and by the interpreter's run on the CPU.
+
+A check takes (device, dtype, full): `full` False shrinks it to what Triton's interpreter does in a second or two. Inputs are fresh random
+numbers, memory that must not be read holds NaN, and results are compared with the reference in fp32 on the same inputs. As a script it
+runs every check in the interpreter and prints one JSON object, check name to error message (null: passed).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from miniinfer.kernels import REFERENCE as ref
+from miniinfer.kernels import Ops, reference
+
+NAN = float("nan")
+
+
+def triton_ops() -> Ops:
+    """The table under test."""
+    from miniinfer.kernels import triton
+
+    triton.load()
+    return Ops.overlay("triton", triton)
+
+
+def close(out: Tensor, want: Tensor, what: str, dtype: torch.dtype, bf16: float = 6e-3, fp32: float = 1e-5) -> None:
+    """Asserts the relative error in norm, and that every number is one."""
+    limit = fp32 if dtype == torch.float32 else bf16
+    out, want = out.double(), want.double()
+    assert out.isfinite().all(), f"{what}: {int((~out.isfinite()).sum())} of {out.numel()} results are not finite"
+    error = float((out - want).norm() / want.norm().clamp_min(1e-30))
+    assert error <= limit, f"{what}: relative error {error:.2e} above {limit:.0e}"
+
+
+def same(out: Tensor, want: Tensor, what: str) -> None:
+    """Asserts equality to the last bit."""
+    assert out.shape == want.shape, f"{what}: shape {tuple(out.shape)}, not {tuple(want.shape)}"
+    different = int((out != want).sum())
+    assert different == 0, f"{what}: {different} of {out.numel()} entries differ"
+
+
+def poison(device: str, *shapes: tuple[int, ...]) -> None:
+    """Leaves NaN where the allocator will next put tensors of these sizes, so that an entry nobody writes shows."""
+    for shape in shapes:
+        del [torch.full(shape, NAN, device=device)][0]
+
+
+# ------------------------------------------------------------------------------------------------ norms, activations
+
+
+def check_norms(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    sizes = [(1, 64), (3, 100), (7, 128)] + ([(1, 1024), (33, 4096), (512, 5120), (5, 12288), (257, 2049)] if full else [])
+    for rows, size in sizes:
+        x = torch.randn(rows, size, device=device, dtype=dtype) * 3
+        weight, residual = torch.randn(size, device=device, dtype=dtype), torch.randn(rows, size, device=device, dtype=dtype)
+        close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x.float(), weight.float(), 1e-6), f"rms_norm {rows}x{size}", dtype)
+        want, total = reference.add_rms_norm(x, residual, weight, 1e-6)
+        out, summed = ops.add_rms_norm(x, residual.clone(), weight, 1e-6)
+        same(summed, total, f"residual {rows}x{size}")
+        close(out, want, f"add_rms_norm {rows}x{size}", dtype, bf16=5e-4)  # the same roundings: all but a few entries equal
+    strided = torch.randn(6, 200, device=device, dtype=dtype)[:, :128]
+    weight = torch.randn(128, device=device, dtype=dtype)
+    close(ops.rms_norm(strided, weight, 1e-6), reference.rms_norm(strided.float(), weight.float(), 1e-6), "rms_norm of a slice", dtype)
+
+
+def check_silu_mul(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    for rows, size in [(1, 32), (3, 100)] + ([(1, 3072), (129, 12288), (1000, 768), (3, 5000)] if full else []):
+        x = torch.randn(rows, 2 * size, device=device, dtype=dtype) * 4
+        close(ops.silu_mul(x), reference.silu_mul(x.float()), f"silu_mul {rows}x{size}", dtype)
+        close(ops.silu_mul(x), reference.silu_mul(x), f"silu_mul {rows}x{size}, roundings", dtype, bf16=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ rotary
+
+
+def check_rope(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    cases = [(5, 4, 2, 16, 16, True), (3, 6, 1, 32, 16, False), (2, 2, 2, 80, 16, True)]
+    cases += [
+        (1, 32, 8, 128, 64, True),
+        (77, 16, 8, 64, 64, False),
+        (1000, 28, 4, 128, 128, False),
+        (40, 12, 12, 96, 32, True),
+        (64, 8, 1, 256, 16, True),
+    ] * full
+    for tokens, heads, kv_heads, dim, size, norm in cases:
+        what = f"T={tokens} Hq={heads} H={kv_heads} D={dim} S={size} norm={norm}"
+        pages = tokens // size + 3
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=device, dtype=dtype)
+        angle = torch.rand(4096, dim // 2, device=device) * 6.3
+        cos_sin = torch.cat([angle.cos(), angle.sin()], -1)
+        positions = torch.randint(0, 4096, (tokens,), device=device, dtype=torch.int32)
+        weights = [torch.randn(dim, device=device, dtype=dtype) if norm else None for _ in range(2)]
+        slots = (torch.randperm((pages - 1) * size, device=device)[:tokens] + size).int()
+        mine = [torch.full((pages, kv_heads, size, dim), NAN, device=device, dtype=dtype) for _ in range(2)]
+        theirs = [c.clone() for c in mine]
+        q = ops.rope_qkv_cache(qkv, heads, kv_heads, cos_sin, positions, *weights, 1e-6, *mine, slots)
+        want = reference.rope_qkv_cache(qkv, heads, kv_heads, cos_sin, positions, *weights, 1e-6, *theirs, slots)
+        close(q, want, f"q {what}", dtype, bf16=1e-3)
+        for name, out, expected in zip("KV", mine, theirs, strict=True):
+            same(out.isnan(), expected.isnan(), f"{name} written where it should be, {what}")
+            close(out.nan_to_num(), expected.nan_to_num(), f"{name} {what}", dtype, bf16=1e-3)
+
+
+def check_large_offsets(device: str, dtype: torch.dtype, full: bool) -> None:
+    """Caches of more than 2^31 elements: the last pages hold what was written there."""
+    if not full:
+        return
+    ops, heads, size, dim = triton_ops(), 8, 64, 128
+    pages = 2**31 // (heads * size * dim) + 200
+    k = torch.empty(pages, heads, size, dim, dtype=torch.bfloat16, device=device)
+    v = torch.empty_like(k)
+    length = 150
+    table = torch.tensor([[pages - 1, pages - 5, pages - 2]], dtype=torch.int32, device=device)
+    at = torch.arange(length, device=device)
+    slots = (table[0].long()[at // size] * size + at % size).int()
+    cos_sin = torch.randn(512, dim, device=device)
+    qkv = torch.randn(length, 3 * heads * dim, device=device, dtype=torch.bfloat16)
+    q = ops.rope_qkv_cache(qkv, heads, heads, cos_sin, at.int(), None, None, 1e-6, k, v, slots)
+    want_q, want_k, want_v = reference.rope_qkv(qkv, heads, heads, cos_sin, at.int(), None, None, 1e-6)
+    close(k[table[0].long()].transpose(1, 2).flatten(0, 1)[:length], want_k, "K far out", torch.bfloat16, bf16=1e-3)
+    start, lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, length], [length], [0]))
+    want = reference.attention(want_q.float(), want_k.float(), want_v.float(), start, 0.1, 0, length)
+    out = ops.paged_attention(q, k, v, table, rows, start, lengths, 0.1, 0, length, length)
+    close(out, want, "prefill far out", torch.bfloat16)
+    start[1] = 1
+    out = ops.paged_attention(q[-1:], k, v, table, rows, start, lengths, 0.1, 0, 1, length)
+    close(out, want[-1:], "decode far out", torch.bfloat16)
+    source, target = (torch.tensor([p], dtype=torch.int32, device=device) for p in (pages - 1, pages - 9))
+    ops.copy_pages([(k, v)], source, target)
+    same(k[pages - 9], k[pages - 1], "page copied far out")
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+def paged_case(
+    device: str, dtype: torch.dtype, counts: list[int], lengths: list[int],
+    heads: int, kv_heads: int, dim: int, size: int, window: int, padding: int = 0,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """Arguments of paged_attention for sequences with `counts` new of `lengths` tokens: (with NaN where nothing may be read, with zeros there)."""
+    batch, tokens = len(counts), sum(counts) + padding
+    used = [-(-n // size) if n > 0 else 0 for n in lengths]
+    pages = sum(used) + 4
+    order = torch.randperm(pages - 1)[: sum(used)] + 1  # page 0 is nobody's
+    table = torch.zeros(batch + 3, max(used) + 2, dtype=torch.int32)
+    table[:, :] = pages - 1  # entries beyond a sequence: some page
+    rows = torch.randperm(batch + 3)[:batch].int()
+    clean = torch.zeros(2, pages, kv_heads, size, dim, dtype=dtype)
+    dirty = torch.full_like(clean, NAN)
+    at = 0
+    for b, n in enumerate(lengths):
+        if n <= 0:
+            continue
+        own = order[at : at + used[b]]
+        at += used[b]
+        first = max(0, n - counts[b] - window + 1) if window else 0
+        for i, page in enumerate(own.tolist()):
+            lo, hi = max(first - i * size, 0), min(n - i * size, size)
+            if hi <= lo:
+                table[rows[b], i] = 0
+                continue
+            table[rows[b], i] = page
+            values = torch.randn(2, kv_heads, hi - lo, dim).to(dtype)
+            clean[:, page, :, lo:hi] = values
+            dirty[:, page, :, lo:hi] = values
+    start = torch.zeros(batch + 1, dtype=torch.int32)
+    start[1:] = torch.tensor(counts).cumsum(0)
+    q = torch.randn(tokens, heads, dim).to(dtype)
+    rest = [t.to(device) for t in (table, rows, start, torch.tensor(lengths, dtype=torch.int32))]
+    bounds = (dim**-0.5, window, max(max(counts), 1), max(max(lengths), 1))
+    dirty_args = (q.to(device), *dirty.to(device).unbind(), *rest, *bounds)
+    clean_args = (q.float().to(device), *clean.float().to(device).unbind(), *rest, *bounds)
+    return dirty_args, clean_args
+
+
+def describe(case: tuple) -> str:
+    return "counts={} lengths={} Hq={} H={} D={} S={} window={}".format(case[0][:6], case[1][:6], *case[2:])
+
+
+def check_paged(device: str, dtype: torch.dtype, what: str, ops: Ops, *case: object, **options: int) -> None:
+    args, clean = paged_case(device, dtype, *case, **options)  # type: ignore[arg-type]
+    poison(device, tuple(args[0].shape), (args[0].numel() * 40,))
+    close(ops.paged_attention(*args), ref.paged_attention(*clean), what, dtype)
+
+
+def check_decode(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    ones = [1, 1, 1]
+    cases = [(ones, [5, 300, 17], 4, 2, 16, 16, 0), (ones, [64, 1, 33], 3, 1, 32, 32, 0), (ones, [520, 40, 300], 2, 2, 16, 64, 24)]
+    if full:
+        cases += [([1] * 4, [1, 64, 65, 4099], 32, 8, dim, size, w) for dim in (64, 80, 96, 128, 256) for size in (16, 64) for w in (0, 1000)]
+        cases += [([1] * 3, [1000, 256, 257], 28, 4, 128, size, 300) for size in (32, 128)]
+        cases += [([1], [40_000], 16, 8, 128, 64, 0), ([1, 1], [30_000, 9], 64, 64, 64, 64, 0), ([1] * 2, [70_000, 2000], 8, 1, 128, 64, 0)]
+        cases += [([1] * 200, torch.randint(1, 1500, (200,)).tolist(), 16, 8, 128, 64, 0), ([1], [9000], 32, 2, 128, 16, 4096)]
+    for case in cases:
+        check_paged(device, dtype, f"decode {describe(case)}", ops, *case)
+
+
+def check_decode_chunks(device: str, dtype: torch.dtype, full: bool) -> None:
+    """With few chunks allowed, chunks double in size until a sequence fits."""
+    from miniinfer.kernels.triton import attention_launch
+
+    allowed, attention_launch.CHUNKS_TIMES_HEADS = attention_launch.CHUNKS_TIMES_HEADS, 4
+    try:
+        for length in (768, 769, 1100) + ((5000, 40_000) if full else ()):
+            check_paged(device, dtype, f"decode in 4 chunks, length={length}", triton_ops(), [1], [length], 2, 1, 32, 64, 0)
+    finally:
+        attention_launch.CHUNKS_TIMES_HEADS = allowed
+
+
+def check_prefill(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    cases = [
+        ([9, 20], [9, 20], 4, 2, 16, 16, 0),
+        ([7, 1, 30], [50, 290, 70], 6, 2, 32, 32, 0),
+        ([40, 3], [130, 90], 2, 2, 16, 16, 20),
+        ([33], [60], 3, 1, 80, 64, 0),
+    ]
+    if full:
+        cases += [([100, 1, 37], [100, 513, 700], 32, 8, dim, size, w) for dim in (64, 80, 96, 128, 256) for size in (16, 64) for w in (0, 200)]
+        cases += [([128, 64], [1000, 64], 28, 4, 128, size, 130) for size in (32, 128)]
+        cases += [([2048], [2048], 32, 8, 128, 64, 0), ([500, 1], [20_000, 9000], 16, 8, 128, 64, 0), ([1500], [6000], 32, 8, 128, 64, 4096)]
+        cases += [([3, 1, 250, 1, 1, 17], [3, 2000, 900, 1, 77, 4000], 40, 8, 128, 64, 0), ([300], [300], 32, 1, 128, 64, 0)]
+    for case in cases:
+        check_paged(device, dtype, f"prefill {describe(case)}", ops, *case)
+
+
+def check_attention_padding(device: str, dtype: torch.dtype, full: bool) -> None:
+    """Padding of every sort gives finite results: tokens of no sequence, sequences of no token, sequences of length 0."""
+    ops = triton_ops()
+    for counts, lengths in (([1, 1, 0, 0], [30, 5, 0, 0]), ([1, 1, 1], [30, 0, 0]), ([20, 1, 0, 0], [30, 7, 0, 0]), ([0, 4, 0], [0, 300, 0])):
+        check_paged(device, dtype, f"padding counts={counts} lengths={lengths}", ops, counts, lengths, 4, 2, 32, 16, 0, padding=5)
+
+
+def check_attention_packed(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    cases = [([5, 1, 30], 4, 2, 16, 0), ([17, 20], 2, 2, 32, 8)]
+    if full:
+        cases += [([1000, 1, 77, 300], 32, 8, 128, 0), ([700], 14, 2, 64, 100), ([2000, 30], 16, 8, 80, 0), ([260], 8, 8, 256, 0)]
+    for counts, heads, kv_heads, dim, window in cases:
+        tokens = sum(counts)
+        fused = torch.randn(tokens, heads + 2 * kv_heads, dim).to(dtype).to(device)
+        q, k, v = fused.split([heads, kv_heads, kv_heads], 1)  # k and v strided, as rope_qkv leaves v
+        q = q.contiguous()
+        start = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+        want = reference.attention(q.float(), k.float(), v.float(), start, dim**-0.5, window, max(counts))
+        close(ops.attention(q, k, v, start, dim**-0.5, window, max(counts)), want, f"packed {counts} D={dim} window={window}", dtype)
+
+
+def check_attention_invariance(device: str, dtype: torch.dtype, full: bool) -> None:
+    """A token's result is the same to the last bit alone and in company, in a prompt computed whole and in chunks."""
+    if not full:
+        return  # numpy's products differ with the shape
+    ops = triton_ops()
+    for window in (0, 500):
+        (q, k, v, table, rows, start, lengths, scale, _, _, longest), _ = paged_case(
+            device, dtype, [1] * 64, torch.randint(1, 3000, (64,)).tolist(), 16, 4, 128, 64, window
+        )
+        whole = ops.paged_attention(q, k, v, table, rows, start, lengths, scale, window, 1, longest)
+        for b in (0, 17, 63):
+            one = ops.paged_attention(q[b : b + 1], k, v, table, rows[b : b + 1], start[:2], lengths[b : b + 1], scale, window, 1, 100_000)
+            same(one, whole[b : b + 1], f"decode alone, window={window}")
+        total = 1000
+        (q, k, v, table, rows, start, lengths, scale, _, _, _), _ = paged_case(device, dtype, [total], [total], 16, 4, 128, 64, window)
+        k, v = k.nan_to_num(), v.nan_to_num()
+        whole = ops.paged_attention(q, k, v, table, rows, start, lengths, scale, window, total, total)
+        for lo, hi in ((0, 300), (300, 313), (313, 1000)):
+            start[1], lengths[0] = hi - lo, hi
+            part = ops.paged_attention(q[lo:hi].contiguous(), k, v, table, rows, start, lengths, scale, window, hi - lo, hi)
+            same(part, whole[lo:hi], f"chunk {lo}:{hi}, window={window}")
+
+
+# --------------------------------------------------------------------------------------------------- mixture of experts
+
+
+def check_moe(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    cases = [(1, 32, 48, 8, 2, True), (5, 40, 24, 5, 3, False), (40, 32, 16, 4, 2, True)]
+    if full:
+        cases += [(t, 2048, 768, 128, 8, True) for t in (1, 2, 16, 33, 300, 2048)] + [
+            (64, 1024, 512, 60, 4, False),
+            (4096, 512, 1792, 8, 2, True),
+            (130, 136, 72, 16, 1, False),
+        ]
+    for tokens, hidden, inner, experts, top_k, renormalize in cases:
+        x, logits = torch.randn(tokens, hidden, device=device, dtype=dtype), torch.randn(tokens, experts, device=device, dtype=dtype)
+        logits += torch.arange(experts, device=device) * 1e-3 if dtype == torch.float32 else 0
+        w13 = torch.randn(experts, 2 * inner, hidden, device=device, dtype=dtype) * hidden**-0.5
+        w2 = torch.randn(experts, hidden, inner, device=device, dtype=dtype) * inner**-0.5
+        if dtype != torch.float32:  # rounded logits tie, and then "the" top k are a matter of taste: make them distinct
+            logits = torch.stack([torch.randperm(experts, device=device) for _ in range(tokens)]).to(dtype) / 16
+        poison(device, (tokens * top_k * hidden,))
+        args = (top_k, renormalize)
+        what = f"moe T={tokens} h={hidden} I={inner} E={experts} k={top_k}"
+        out = ops.moe(x, logits, w13, w2, *args)
+        close(out, reference.moe(x.float(), logits.float(), w13.float(), w2.float(), *args), what, dtype, bf16=1e-2)
+        same(ops.moe(x, logits, w13, w2, *args), out, f"{what} again")
+    logits = torch.zeros(3, 8, device=device, dtype=dtype)  # every expert ties: the lowest are taken
+    x, w13, w2 = (torch.randn(*s, device=device, dtype=dtype) for s in ((3, 32), (8, 32, 32), (8, 32, 16)))
+    close(ops.moe(x, logits, w13, w2, 2, True), ops.moe(x, logits[:, :2], w13[:2], w2[:2], 2, True), "ties to the lower expert", dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def sampling_case(device: str, rows: int, vocab: int, filtered: bool) -> tuple[Tensor, ...]:
+    """Arguments of sample, all kinds of rows mixed: greedy, cold, hot, masked, and with each filter and all of them."""
+    logits = torch.randn(rows, vocab) * 4
+    logits[0, : vocab // 2] = float("-inf")
+    logits[rows // 2] = logits[rows // 2].round()  # ties
+    temperature = torch.tensor([0.0, 1.0, 0.7, 1e-3, 2.0])[torch.arange(rows) % 5]
+    top_k = torch.tensor([0, 5, 1, -1, 50, vocab, vocab + 9])[torch.arange(rows) % 7].int()
+    top_p = torch.tensor([1.0, 0.9, 0.5, 0.0, 0.95, 0.999])[torch.arange(rows) % 6]
+    min_p = torch.tensor([0.0, 0.0, 0.05, 0.5])[torch.arange(rows) % 4]
+    if not filtered:
+        top_k, top_p, min_p = torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p)
+    seeds = torch.randint(-(2**62), 2**62, (rows,))
+    positions = torch.randint(0, 100_000, (rows,), dtype=torch.int32)
+    return tuple(t.to(device) for t in (logits, temperature, top_k, top_p, min_p, seeds, positions))
+
+
+def check_sample(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    for rows, vocab in [(9, 131), (3, 5000)] + ([(1, 151_936), (64, 151_936), (85, 32_000), (256, 4099)] if full else []):
+        args = sampling_case(device, rows, vocab, False)
+        logits, temperature, _, _, _, seeds, positions = args
+        chosen = ops.sample(*args, False).long()
+        greedy = temperature <= 0
+        same(chosen[greedy], logits.argmax(-1)[greedy], f"greedy {rows}x{vocab}")
+        score = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1) - torch.log(-torch.log(reference.uniform(seeds, positions, vocab)))
+        lost = (score.max(-1).values - score.gather(1, chosen.unsqueeze(1)).squeeze(1))[~greedy]
+        assert (lost < 1e-3).all(), f"sample {rows}x{vocab}: not the maximum, by {float(lost.max()):.2e}"  # logarithms differ in the last bits
+    flat = torch.zeros(500 if full else 16, 300, device=device)
+    seeds, positions = torch.arange(len(flat), device=device) * 2**31, torch.arange(len(flat), device=device, dtype=torch.int32)
+    on, off = torch.ones(len(flat), device=device), torch.zeros(len(flat), device=device)
+    want = reference.uniform(seeds, positions, 300).argmax(-1).int()
+    for filtered in (False, True):
+        same(ops.sample(flat, on, off.int(), on, off, seeds, positions, filtered), want, "random bits equal the reference's")
+
+
+def check_filters(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    for rows, vocab in [(14, 131), (2, 9000)] + ([(42, 131), (84, 32_000), (11, 151_936), (210, 1000)] if full else []):
+        args = sampling_case(device, rows, vocab, True)
+        logits, temperature, top_k, top_p, min_p, seeds, positions = args
+        scaled = logits / torch.where(temperature <= 0, 1.0, temperature).unsqueeze(1)
+        kept = reference._filter(scaled, top_k, top_p, min_p)
+        for draw in range(20 if full else 1):
+            chosen = ops.sample(logits, temperature, top_k, top_p, min_p, seeds + draw, positions, True).long()
+            score = kept - torch.log(-torch.log(reference.uniform(seeds + draw, positions, vocab)))
+            score = torch.where((temperature <= 0).unsqueeze(1), logits, score)
+            lost = score.max(-1).values - score.gather(1, chosen.unsqueeze(1)).squeeze(1)
+            assert (lost < 1e-3).all(), f"filters {rows}x{vocab}: row {int(lost.argmax())} chose a dropped or lesser token ({float(lost.max()):.2e})"
+    # Ties at every threshold: the survivors must be exactly the stable sort's. A hot row draws each of them soon.
+    levels = torch.randint(0, 4, (1, 64), device=device).float().repeat(300 if full else 3, 1)
+    count = len(levels)
+    one, seeds, positions = torch.ones(count, device=device), torch.arange(count, device=device), torch.zeros(count, dtype=torch.int32, device=device)
+    for k, p, m in ((5, 1.0, 0.0), (0, 0.3, 0.0), (30, 0.77, 0.0), (0, 1.0, 0.2), (3, 0.0, 0.0), (20, 0.9, 0.3)):
+        filters = (torch.full((count,), k, dtype=torch.int32, device=device), one * p, one * m)
+        same(
+            ops.sample(levels, one, *filters, seeds, positions, True),
+            ref.sample(levels, one, *filters, seeds, positions, True),
+            f"ties k={k} p={p} min_p={m}",
+        )
+
+
+def check_penalties(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    for rows, vocab, longest in [(3, 131, 40)] + ([(64, 32_000, 3000), (1, 151_936, 5), (17, 999, 2049)] if full else []):
+        tokens = torch.randint(0, vocab, (rows + 4, longest + 30), dtype=torch.int32, device=device)
+        tokens[:, : longest // 2] %= 7  # many repetitions
+        order = torch.randperm(rows + 4, device=device)[:rows].int()
+        lengths = torch.randint(1, longest + 1, (rows,), dtype=torch.int32, device=device)
+        prompts = (lengths * torch.rand(rows, device=device)).int()
+        strengths = [torch.rand(rows, device=device) + 0.5 for _ in range(3)]
+        args = (torch.randn(rows, vocab, device=device) * 5, tokens, order, prompts, lengths, *strengths, longest)
+        close(ops.apply_penalties(*args), ref.apply_penalties(*args), f"penalties {rows}x{vocab}", torch.float32, fp32=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- step inputs
+
+
+def check_step_inputs(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    cases: list[tuple[list[int], int, int, int]] = [
+        ([1], 1, 1, 16),
+        ([1, 1, 1], 5, 2, 16),
+        ([40, 1, 0, 7], 60, 1, 16),
+        ([0, 3, 0], 3, 0, 32),
+        ([2, 1, 0, 0], 6, 1, 16),
+    ]
+    if full:
+        cases += [([1] * 256, 256, 2, 64), ([2048, 1, 1, 700], 4096, 1, 64), (torch.randint(0, 9, (513,)).tolist(), 5000, 2, 128)]
+    for counts, num_tokens, kinds, size in cases:
+        batch, limit = len(counts), max(counts) + 200
+        tokens = torch.randint(0, 1000, (batch + 2, limit), dtype=torch.int32, device=device)
+        rows = torch.randperm(batch + 2, device=device)[:batch].int()
+        starts = torch.randint(0, 190, (batch,), dtype=torch.int32, device=device)
+        query_start = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+        tables = [torch.randint(1, 10_000, (batch + 2, limit // size + 1), dtype=torch.int32, device=device) for _ in range(kinds)]
+        results = []
+        for table in (ops, ref):
+            ids, positions, lengths = (torch.full((n,), -7, dtype=torch.int32, device=device) for n in (num_tokens + 3, num_tokens + 3, batch))
+            slots = [torch.full((num_tokens + 3,), -7, dtype=torch.int32, device=device) for _ in range(kinds)]
+            table.step_inputs(tokens, rows, starts, query_start, num_tokens, tables, size, ids, positions, lengths, slots)
+            results.append([ids, positions, lengths, *slots])
+        for name, mine, want in zip(("ids", "positions", "lengths", "slots 0", "slots 1"), *results, strict=False):
+            same(mine, want, f"{name} of counts={counts[:5]} in {num_tokens}")
+
+
+def check_copy_pages(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    for heads, size, dim in ((2, 16, 24), (3, 8, 5)) + (((8, 64, 128),) if full else ()):
+        both = torch.randn(2, 2, 9, heads, size, dim, device=device).to(dtype)  # K and V of two layers, as slices of one tensor
+        caches = [(layer[0], layer[1]) for layer in both]
+        copies = [(k.clone(), v.clone()) for k, v in caches]
+        source, target = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([3, 1, 7], [2, 8, 5]))
+        ops.copy_pages(caches, source, target)
+        ref.copy_pages(copies, source, target)
+        for mine, want in zip(caches, copies, strict=True):
+            same(mine[0], want[0], "K pages")
+            same(mine[1], want[1], "V pages")
+        ops.copy_pages(caches, source[:0], target[:0])
+
+
+CHECKS: dict[str, Callable[[str, torch.dtype, bool], None]] = {
+    name.removeprefix("check_"): value
+    for name, value in list(globals().items())
+    if name.startswith("check_") and name != "check_paged"
+}  # fmt: skip
+
+
+def main() -> None:
+    """Runs all checks at interpreter size; called in a process of its own because the interpreter must be chosen before Triton is imported."""
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    torch.set_num_threads(1)
+    results: dict[str, str | None] = {}
+    for name, check in CHECKS.items():
+        torch.manual_seed(0)
+        begin = time.perf_counter()
+        try:
+            check("cpu", torch.float32, False)
+            results[name] = None
+        except Exception:  # reported by the caller's test of this name
+            results[name] = traceback.format_exc()
+        print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
