@@ -73,13 +73,15 @@ def sampling_defaults(info: dict[str, Any]) -> dict[str, Any]:
 
 def _bind(host: str, port: int) -> socket.socket:
     """The socket, taken before the model is loaded: a port in use should be known at once."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo 65536
+        raise ConfigError(f"port: must be from 0 (any free one) to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as e:
-        reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno and e.errno > 0 else str(e)
+    except OSError as e:
+        reason = os.strerror(e.errno) if e.errno and e.errno > 0 else str(e)  # getaddrinfo's own numbers are negative
         raise ConfigError(f"port: cannot listen on {host}:{port} ({reason}); choose another with --port or --host") from None
     return listener
 

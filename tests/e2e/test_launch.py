@@ -1,0 +1,107 @@
+"""Starting and stopping: what a user sees of mistakes, of signals, and of the engine's death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serve_process import ROOT, ServerProcess, wait_for
+
+
+def refused(*arguments: str) -> str:
+    """The one line of a start that fails for the user's mistake."""
+    command = [sys.executable, "-m", "miniinfer", "serve", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stderr.strip().splitlines()[-1]
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refused(str(folder), "--port", port)
+        assert port in line and "in use" in line
+    assert "no-such-folder" in refused(str(tmp_path / "no-such-folder"), "--port", "0")
+    assert "nowhere.jinja" in refused(str(folder), "--port", "0", "--chat-template", str(tmp_path / "nowhere.jinja"))
+    assert "99999" in refused(str(folder), "--port", "99999")
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path) -> Any:
+    running = ServerProcess(folder, tmp_path / "server.log", "--served-model-name", "mine", "--log-level", "debug")
+    yield running
+    running.close()
+
+
+class Streaming(threading.Thread):
+    """A client with an open stream of up to `tokens`; its end is in `error` or `reason`."""
+
+    def __init__(self, server: ServerProcess, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.server, self.tokens = server, tokens
+        self.parts, self.error, self.reason = 0, "", ""
+        self.start()
+        assert wait_for(lambda: self.parts > 2)
+
+    def run(self) -> None:
+        try:
+            body = {"ignore_eos": True}
+            for chunk in self.server.client().completions.create(model="mine", prompt="x", max_tokens=self.tokens, stream=True, extra_body=body):
+                self.parts += 1
+                self.reason = chunk.choices[0].finish_reason or self.reason
+        except openai.APIError as e:
+            self.error = str(e)
+
+
+def test_a_stopping_server_lets_streams_end(own: ServerProcess) -> None:
+    assert own.client().models.list().data[0].id == "mine"
+    client = Streaming(own, 300)
+    assert own.stop(signal.SIGTERM) == 0
+    client.join(10)
+    assert (client.reason, client.error) == ("length", "")
+    assert "Traceback" not in own.log.read_text()
+
+
+def test_a_second_signal_stops_at_once(own: ServerProcess) -> None:
+    clients = [Streaming(own, 500) for _ in range(8)]
+    own.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    start = time.monotonic()
+    assert own.stop(signal.SIGINT) == 0
+    assert time.monotonic() - start < 4
+    for client in clients:
+        client.join(10)
+        assert client.reason == "length" or "shutting down" in client.error
+    assert "Traceback" not in own.log.read_text()
+
+
+def test_a_signal_while_loading_ends_the_process(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "miniinfer", "serve", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode in (0, 130) and "Traceback" not in error
+
+
+def test_a_killed_engine_is_reported(own: ServerProcess) -> None:
+    client = Streaming(own, 500)
+    children = subprocess.run(["pgrep", "-P", str(own.process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    client.join(10)
+    assert "died" in client.error
+    assert own.get("/health")[0] == 503 and own.get("/live")[0] == 200
+    with pytest.raises(openai.InternalServerError) as dead:
+        own.client().completions.create(model="mine", prompt="x")
+    assert dead.value.status_code == 503
+    assert own.stop(signal.SIGTERM) == 0
