@@ -200,7 +200,7 @@ def _generate(args: argparse.Namespace) -> int:
         prompts = [sys.stdin.read().removesuffix("\n")]
     llm = _engine(args)
     try:
-        outputs = llm.generate(prompts, _sampling(args, llm), use_tqdm=len(prompts) > 1)
+        outputs = llm.generate(prompts, _sampling(args, llm), use_tqdm=len(prompts) > 1 and sys.stderr.isatty())
     except ValueError as e:
         raise ConfigError(str(e)) from None
     for output in outputs:
@@ -276,10 +276,11 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _local(args: argparse.Namespace) -> Callable[[list[dict[str, str]]], Iterator[str]]:
     """Answers from a model in this process, streamed."""
-    from miniinfer.engine.output import validate
+    from miniinfer.engine.output import OutputProcessor, validate
 
     llm = _engine(args)
     params = _sampling(args, llm)
+    processor = OutputProcessor(llm.tokenizer, deltas=True)
 
     def answer(messages: list[dict[str, str]]) -> Iterator[str]:
         try:
@@ -288,15 +289,15 @@ def _local(args: argparse.Namespace) -> Callable[[list[dict[str, str]]], Iterato
             validate(ids, params, llm.info, llm.tokenizer)
         except ValueError as e:
             raise ConfigError(str(e)) from None
-        for message in llm.processor.add("chat", prompt, ids, params):
+        for message in processor.add("chat", prompt, ids, params):
             llm.core.add(message)
         try:
             while llm.core.has_work:
-                deltas, aborts = llm.processor.process(llm.core.step())
+                deltas, aborts = processor.process(llm.core.step())
                 llm.core.abort(aborts)
                 yield from (output.text for delta in deltas for output in delta.outputs)
         finally:
-            llm.core.abort(llm.processor.abort("chat"))
+            llm.core.abort(processor.drop(["chat"]))
 
     return answer
 
@@ -357,7 +358,9 @@ def _info(args: argparse.Namespace) -> int:
     active = f" ({facts['active_parameters'] / 1e9:.3g} G active per token)" if facts["active_parameters"] != facts["parameters"] else ""
     print(f"{facts['model']}: {facts['architecture']}")
     print(f"  shape       {facts['shape']}")
-    print(f"  parameters  {facts['parameters'] / 1e9:.4g} G{active}, {facts['dtype']}: {facts['weight_bytes'] / GIB:.2f} GiB")
+    millions = facts["parameters"] / 1e6
+    count = f"{millions / 1e3:.4g} G" if millions >= 1000 else f"{millions:.4g} M"
+    print(f"  parameters  {count}{active}, {facts['dtype']}: {facts['weight_bytes'] / GIB:.3g} GiB")
     print(f"  context     {facts['context']:,} tokens, {facts['rope']} RoPE")
     print(f"  files       {facts['files']}")
     print(f"  KV cache    {facts['kv_bytes_per_token'] / 1024:.4g} KiB a token; {facts['requests']} x {facts['length']:,} tokens: {kv:.2f} GiB")

@@ -272,3 +272,23 @@ def test_chat_reports_a_server_error(server: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdin", io.StringIO("fail\n"))
     code, _, err = run(capsys, "chat", "--url", server)
     assert code == 2 and "400" in err.splitlines()[0]
+
+
+def test_chat_and_generate_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundled model's tokenizer and shape with random weights: chat streams what generate gives for the same prompt."""
+    common = (
+        "--load-format dummy --dtype float32 --device cpu --kernels reference --num-threads 1 --temperature 0 --max-tokens 12 --ignore-eos".split()
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nmore\n"))
+    code, chat, err = run(capsys, "chat", *common)
+    assert (code, err) == (0, "") and chat.strip()
+    from miniinfer.engine.text import Tokenizer
+    from miniinfer.models.hub import BUNDLED
+
+    first = Tokenizer.from_folder(BUNDLED).render_chat([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    code, out, _ = run(capsys, "generate", first, "--json", *common)
+    sample = json.loads(out)["outputs"][0]
+    assert code == 0 and len(sample["token_ids"]) == 12 and sample["finish_reason"] == "length"
+    assert chat.startswith(sample["text"] + "\n")
+    code, _, err = run(capsys, "generate", "word " * 5000, *common)
+    assert code == 2 and "tokens" in err.splitlines()[-1]
