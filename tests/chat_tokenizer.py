@@ -32,7 +32,7 @@ def save_tokenizer(folder: Path) -> Path:
         vocab_size=316, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(TEXT, trainer)
-    backend.add_tokens([AddedToken(tag, normalized=False) for tag in ("<tool_call>", "</tool_call>")])
+    backend.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in ("<tool_call>", "</tool_call>")])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))

@@ -291,7 +291,10 @@ class ChatRequest(Sampling):
     def params(self, defaults: dict[str, Any]) -> SamplingParams:
         """Without a limit, a chat answer may fill the context."""
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self.sampling_params(defaults, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        more: dict[str, Any] = {"max_tokens": limit, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        if self.offered_tools and self.skip_special_tokens is None:
+            more["skip_special_tokens"] = False  # in many vocabularies the tags around a tool call are special tokens
+        return self.sampling_params(defaults, **more)
 
 
 # ----------------------------------------------------------------------------------------------------------- parsing

@@ -229,7 +229,7 @@ def test_tools_reach_the_template_and_calls_come_back(server: Server, client: op
     assert len({c.id for c in calls}) == 2
     back = [*HELLO, choice.message.model_dump(), {"role": "tool", "tool_call_id": calls[0].id, "content": "2"}]
     client.chat.completions.create(model="tiny", messages=back, tools=TOOLS, max_tokens=1)  # type: ignore[arg-type]
-    assert '"arguments": {"a": 1.5, "s": "<ü>"}}</tool_call>' in server.engine.tokenizer.decode(server.engine.seen[1][0])
+    assert '"arguments": {"a": 1.5, "s": "<ü>"}}</tool_call>' in server.engine.tokenizer.decode(server.engine.seen[1][0], False)
 
 
 def test_tool_calls_in_a_stream(server: Server, client: openai.OpenAI) -> None:
@@ -244,7 +244,7 @@ def test_tool_calls_in_a_stream(server: Server, client: openai.OpenAI) -> None:
 
 def test_tools_not_wanted(server: Server) -> None:
     server.engine.reply = lambda prompt: CALLS
-    choice = chat(server, tools=TOOLS, tool_choice="none")["choices"][0]
+    choice = chat(server, tools=TOOLS, tool_choice="none", skip_special_tokens=False)["choices"][0]
     assert choice["message"]["content"] == CALLS and choice["finish_reason"] == "stop"
     assert "Tools:" not in server.engine.tokenizer.decode(server.engine.seen[0][0])
 
