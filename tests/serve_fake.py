@@ -15,7 +15,8 @@ from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenL
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.engine.output import OutputProcessor, validate
 from miniinfer.engine.text import Tokenizer
-from miniinfer.serve.openai import Api, build_app
+from miniinfer.serve.launch import uvicorn_config
+from miniinfer.serve.openai import Api
 
 END = 2  # <|im_end|>
 
@@ -90,8 +91,7 @@ class Server:
     def __init__(self, engine: Any, model: str = "tiny", defaults: dict[str, Any] | None = None, **options: Any) -> None:
         self.engine = engine
         self.api = Api(engine, ServerConfig(**options), model, defaults or {})
-        config = uvicorn.Config(build_app(self.api), port=0, ws="none", lifespan="off", log_config=None, access_log=False, loop="uvloop")
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = uvicorn.Server(uvicorn_config(self.api))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 
     def __enter__(self) -> Server:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 class ServerProcess:
     """`miniinfer serve` as a user starts it; ready when the constructor returns. Its log goes to a file."""
 
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
+    def __init__(self, folder: Path | str, log: Path, *options: str) -> None:
         self.log = log
         fixed = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--num-threads", "1"]  # more threads slow a tiny model down
         command = [sys.executable, "-m", "miniinfer", "serve", str(folder), *fixed, *options]
@@ -73,3 +75,26 @@ def wait_for(condition: Any, seconds: float = 10.0) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
     return bool(condition())
+
+
+def raw_request(fields: dict[str, Any]) -> bytes:
+    body = json.dumps(fields).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+async def stream(port: int, fields: dict[str, Any]) -> tuple[str, list[float]]:
+    """The whole text of a stream, which must be complete, and when its parts came."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(raw_request({**fields, "stream": True}))
+    text, times, done, reason = "", [], False, None
+    async for line in reader:
+        if line == b"data: [DONE]\n":
+            done = True
+        elif line.startswith(b"data: "):
+            (choice,) = json.loads(line[6:])["choices"]
+            text, reason = text + choice["text"], choice["finish_reason"] or reason
+            times.append(time.monotonic())
+    writer.close()
+    assert done and reason in ("stop", "length")
+    return text, times

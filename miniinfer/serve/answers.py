@@ -282,7 +282,8 @@ class CompletionAnswer(Answer):
         offsets = []
         for token_id, token, table in zip(token_ids, tokens, tables, strict=True):
             values.append(None if table is None else _finite(table[token_id].logprob))
-            tops.append(None if table is None else {self._text(t): _finite(v.logprob) for t, v in table.items()})
+            # Parts of characters may all read U+FFFD: the likeliest of them, which comes first, keeps the name.
+            tops.append(None if table is None else {self._text(t): _finite(v.logprob) for t, v in reversed(table.items())})
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniinfer.config import ConfigError, EngineConfig, ServerConfig, read_generation_config
 from miniinfer.engine.client import AsyncEngine
@@ -28,6 +29,7 @@ from miniinfer.utils import get_logger, setup_logging
 log = get_logger(__name__)
 
 DRAIN_SECONDS = 5.0  # how long a stopping server lets open requests go on
+MAX_HEAD = 64 << 10  # bytes of a request line and its headers
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from generation_config.json
 
 
@@ -103,23 +105,50 @@ def greeting(api: Api, listener: socket.socket) -> str:
     return f"{api.model} is ready at {url} (Ctrl+C stops it). Try:\n  {curl}"
 
 
+def uvicorn_config(api: Api) -> uvicorn.Config:
+    """How uvicorn runs our application; its log has our handlers, and only errors to tell."""
+    return uvicorn.Config(
+        build_app(api),
+        port=0,  # of no effect where the socket is given
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=65,  # longer than the 60 s after which common proxies let go of an idle connection
+        timeout_graceful_shutdown=int(DRAIN_SECONDS) + 2,
+    )
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's connection with a limit on what comes before a body, which it would collect without end."""
+
+    _head: int | None = None  # bytes of a request's head so far; None outside of one
+
+    def on_message_begin(self) -> None:
+        self._head = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head is None or self.transport.is_closing():
+            return
+        self._head += len(data)
+        if self._head > MAX_HEAD:
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn under our own signal handling: drain, then abort what is left; a second signal aborts at once."""
 
     def __init__(self, api: Api, listener: socket.socket) -> None:
-        super().__init__(
-            uvicorn.Config(
-                build_app(api),
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=65,  # longer than the 60 s after which common proxies let go of an idle connection
-                timeout_graceful_shutdown=int(DRAIN_SECONDS) + 2,
-            )
-        )
+        super().__init__(uvicorn_config(api))
         self._api, self._greeting = api, greeting(api, listener)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -420,6 +420,17 @@ def test_odd_connections_hurt_nobody(server: Server) -> None:
         s.close()
 
 
+def test_headers_without_end_are_cut_off(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\nx: ")
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                s.sendall(b"y" * 65536)
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 60000 + b"\r\n\r\n")
+        assert s.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_expect_continue_and_pipelining(server: Server) -> None:
     body = json.dumps({"messages": HELLO}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from serve_process import ServerProcess, wait_for
+from serve_process import ServerProcess, raw_request, stream, wait_for
 
 from miniinfer.config import EngineConfig, ServerConfig
 from miniinfer.engine.client import AsyncEngine
-from miniinfer.serve.openai import Api, build_app
+from miniinfer.serve.launch import uvicorn_config
+from miniinfer.serve.openai import Api
 
 CLIENTS = 256
-
-
-def raw_request(fields: dict[str, Any]) -> bytes:
-    body = json.dumps(fields).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
-
-
-async def stream(port: int, fields: dict[str, Any]) -> tuple[str, list[float]]:
-    """The whole text of a stream, which must be complete, and when its parts came."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(raw_request({**fields, "stream": True}))
-    text, times, done, reason = "", [], False, None
-    async for line in reader:
-        if line == b"data: [DONE]\n":
-            done = True
-        elif line.startswith(b"data: "):
-            (choice,) = json.loads(line[6:])["choices"]
-            text, reason = text + choice["text"], choice["finish_reason"] or reason
-            times.append(time.monotonic())
-    writer.close()
-    assert done and reason in ("stop", "length")
-    return text, times
 
 
 def test_256_streams_are_complete_right_and_fair(server: ServerProcess) -> None:
@@ -87,8 +63,7 @@ def test_500_disconnects_leave_nothing(folder: Path) -> None:
         engine = AsyncEngine(EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1, max_num_seqs=16, num_pages=400))
         await engine.start()
         api = Api(engine, ServerConfig(), "tiny", {})
-        config = uvicorn.Config(build_app(api), port=0, ws="none", lifespan="off", log_config=None, access_log=False)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn_config(api))
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
