@@ -79,6 +79,5 @@ def copy_pages(caches: list[tuple[Tensor, Tensor]], source: Tensor, destination:
     for k, v in caches:
         size = k[0].numel()
         assert k[0].is_contiguous() and v[0].is_contiguous()
-        _copy_pages_kernel[(len(source), triton.cdiv(size, 4096), 2)](
-            k, v, source, destination, k.stride(0), v.stride(0), size, BLOCK=4096, num_warps=8
-        )
+        grid = (len(source), triton.cdiv(size, 4096), 2)
+        _copy_pages_kernel[grid](k, v, source, destination, k.stride(0), v.stride(0), size, BLOCK=4096, num_warps=8)
