@@ -232,6 +232,8 @@ class Run:
             self.steps += 1
         if self.rng.random() < 0.2:
             self.scheduler.check()
+        if self.rng.random() < 0.02:
+            self.abort()
         if self.pending and (len(self.pending) > self.depth or plan is None):
             self.take(self.scheduler.apply(*self.pending.popleft()))
         self.scheduler.check()
@@ -256,7 +258,7 @@ class Run:
             self.now += rng.choice([0, 1, 20])
             for _ in range(rng.choice([0, 0, 0, 1, 1, 4])):
                 self.add()
-            if rng.random() < 0.05:
+            if rng.random() < 0.03:
                 self.abort()
             if rng.random() < 0.01:
                 self.cache.reset()
@@ -309,4 +311,4 @@ def test_random_requests(kinds: tuple[int, ...], enabled: bool, depth: int) -> N
         totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied)
     # The test is worth nothing unless it gets into trouble.
     assert totals["steps"] > 500 and totals["finished"] > 150 and (totals["preemptions"] > 0 or kinds == (1, 9))
-    assert totals["prefix_hits"] > 150 and totals["evicted_pages"] > 50 and totals["copied"] > 5
+    assert totals["prefix_hits"] > 50 and totals["evicted_pages"] > 50 and totals["copied"] > 5

@@ -1,0 +1,363 @@
+"""Pages, prefix tree and manager by hand-made cases; random ones are in test_scheduler_fuzz.py."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from miniinfer.cache.manager import CacheManager, PageCopy, PageEntry
+from miniinfer.cache.pool import PagePool
+from miniinfer.data import Request, SamplingParams, Status, TokenLogprobs
+
+S = 4
+
+
+class Bench:
+    """A cache and the little of a scheduler that its tests need."""
+
+    def __init__(self, kinds: tuple[int, ...] = (0,), pages: int = 33, enabled: bool = True) -> None:
+        self.cache = CacheManager(kinds, [pages] * len(kinds), S, enabled)
+        self.running: list[Request] = []
+        self.entries: list[PageEntry] = []
+        self.copies: list[PageCopy] = []
+
+    def request(self, tokens: list[int], **fields) -> Request:
+        params = fields.pop("params", SamplingParams())
+        defaults = {"id": "r", "seed": 0, "max_total": 1000, "stop_ids": frozenset(), "key": (0.0, 0)}
+        return Request(prompt_len=len(tokens), tokens=list(tokens), params=params, **{**defaults, **fields})
+
+    def admit(self, tokens: list[int] | Request, headroom: int = 0, chunk: int = 1000) -> Request | None:
+        request = tokens if isinstance(tokens, Request) else self.request(tokens)
+        self.entries, self.copies = [], []
+        request.row = len(self.running)
+        if not self.cache.admit(request, chunk, headroom, self.entries, self.copies):
+            return None
+        request.status = Status.RUNNING
+        self.running.append(request)
+        return request
+
+    def compute(self, request: Request, upto: int) -> bool:
+        """A step of its own that computes up to a position; as in the scheduler the pages are committed when the plan is complete."""
+        ok = request.pages.capacity >= upto or self.cache.extend(request, upto, self.entries)
+        self.cache.end_plan()
+        if ok:
+            request.computed = upto
+            self.cache.commit(request)
+        self.cache.check(self.running)
+        return ok
+
+    def end(self, request: Request) -> None:
+        self.cache.release(request)
+        self.running.remove(request)
+        self.cache.check(self.running)
+
+    def run(self, tokens: list[int], **fields) -> Request:
+        """A request from beginning to end."""
+        request = self.admit(self.request(tokens, **fields))
+        assert request is not None
+        while request.computed < len(tokens):
+            assert self.compute(request, min(len(tokens), request.computed + S))
+        self.end(request)
+        return request
+
+    def cached(self, tokens: list[int], **fields) -> int:
+        """How many tokens of a prompt would be found now."""
+        request = self.admit(self.request(tokens, **fields))
+        assert request is not None
+        found = request.computed
+        self.cache.end_plan()
+        request.computed = 0  # computed nothing, leaves nothing
+        self.end(request)
+        return found
+
+
+def seq(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+def test_pool_keeps_page_zero() -> None:
+    pool = PagePool(5)
+    pages = [pool.alloc() for _ in range(4)]
+    assert sorted(pages) == [1, 2, 3, 4] and pool.num_free == 0
+    with pytest.raises(IndexError):
+        pool.alloc()
+    pool.free(3)
+    assert pool.alloc() == 3
+    with pytest.raises(ValueError, match="num_pages"):
+        PagePool(1)
+
+
+def test_match_is_exact_to_the_token_and_leaves_one() -> None:
+    bench = Bench()
+    bench.run(seq(0, 10))
+    assert bench.cached(seq(0, 10)) == 9  # the last token is always computed
+    assert bench.cached(seq(0, 20)) == 10  # two pages and the tail
+    assert bench.cached(seq(0, 8)) == 7  # inside a whole page
+    assert bench.cached(seq(0, 6) + [99, 99]) == 6
+    assert bench.cached([99] + seq(0, 10)) == 0
+    assert bench.cached([0]) == 0
+
+
+def test_whole_pages_are_shared_and_a_partial_one_is_copied() -> None:
+    bench = Bench()
+    first = bench.admit(seq(0, 10))
+    assert first is not None and bench.compute(first, 10)
+    table = list(first.pages.tables[0])
+    assert bench.entries == [(0, 0, i, page) for i, page in enumerate(table)]
+    second = bench.admit(seq(0, 7) + [99])
+    assert second is not None and second.computed == 7 and second.pages.tables[0][0] == table[0]
+    copied = second.pages.tables[0][1]
+    assert bench.copies == [(0, table[1], copied)] and copied != table[1]
+    assert bench.entries == [(0, 1, 0, table[0]), (0, 1, 1, copied)]
+    assert bench.compute(second, 8)
+    bench.end(first)
+    bench.end(second)
+    assert bench.cached(seq(0, 7) + [99, 1]) == 8
+
+
+def test_closest_child_wins() -> None:
+    bench = Bench()
+    for prompt in ([1, 2, 3, 4], [1, 2, 9, 9], [1, 5, 5, 5], [2, 2, 2, 2], [1, 2, 3]):
+        bench.run(prompt)
+    assert bench.cached([1, 2, 3, 7, 7]) == 3
+    assert bench.cached([1, 2, 9, 7, 7]) == 3
+    assert bench.cached([1, 2, 4, 7, 7]) == 2
+    assert bench.cached([1, 5, 4, 4]) == 2
+    assert bench.cached([3, 1]) == 0
+
+
+def test_tokens_still_unknown_or_not_computed_are_not_cached() -> None:
+    bench = Bench()
+    request = bench.admit(seq(0, 8))
+    assert request is not None and bench.compute(request, 6)
+    bench.end(request)
+    assert bench.cached(seq(0, 9)) == 6
+    running = bench.admit(seq(50, 8))
+    assert running is not None and bench.compute(running, 8)
+    assert bench.compute(running, 9)  # computes a token whose value the host does not know
+    bench.end(running)
+    assert bench.cached(seq(50, 12)) == 8
+
+
+def test_a_longer_sequence_replaces_the_tail_it_continues() -> None:
+    bench = Bench()
+    bench.run(seq(0, 6))
+    bench.run(seq(0, 7))  # a conversation's next turns
+    bench.run(seq(0, 9))
+    bench.run(seq(0, 7))
+    pages = sum(bool(node.pages) for node in bench.cache.tree.walk(bench.cache.tree.root))
+    assert pages == 3 and bench.cache.pools[0].num_free == 32 - 3
+
+
+def test_equal_work_done_twice_stays_private() -> None:
+    bench = Bench()
+    a, b = bench.admit(seq(0, 8)), bench.admit(seq(0, 8))
+    assert a is not None and b is not None and b.computed == 0
+    assert bench.compute(a, 8) and bench.compute(b, 8)
+    assert not set(a.pages.tables[0]) & set(b.pages.tables[0])
+    bench.end(a)
+    bench.end(b)
+    assert bench.cache.pools[0].num_free == 32 - 2
+
+
+def test_namespaces_do_not_share() -> None:
+    bench = Bench()
+    bench.run(seq(0, 8), namespace="a")
+    assert bench.cached(seq(0, 9)) == 0
+    assert bench.cached(seq(0, 9), namespace="b") == 0
+    assert bench.cached(seq(0, 9), namespace="a") == 8
+
+
+def test_prompt_logprobs_want_every_position_once() -> None:
+    bench = Bench()
+    bench.run(seq(0, 8))
+    params = SamplingParams(prompt_logprobs=0)
+    assert bench.cached(seq(0, 9), params=params) == 0
+    complete = [TokenLogprobs([0], [0.0], [1])] * 8
+    assert bench.cached(seq(0, 9), params=params, prompt_logprobs=complete) == 8  # resumed with all of them gathered
+
+
+def test_least_recently_used_leaves_go_first() -> None:
+    bench = Bench(pages=1 + 6)
+    bench.run(seq(0, 8))
+    bench.run(seq(100, 8))
+    bench.run([*seq(0, 8), 50])  # uses the first again, and leaves a tail
+    assert bench.cache.num_available(0) == 6
+    big = bench.admit(seq(200, 12))
+    assert big is not None and bench.cache.tree.evictions == 2
+    bench.end(big)
+    assert bench.cached(seq(100, 9)) == 0
+    assert bench.cached(seq(0, 9)) == 8
+
+
+def test_pages_in_use_are_never_evicted() -> None:
+    bench = Bench(pages=1 + 5)
+    bench.run(seq(0, 12))
+    user = bench.admit(seq(0, 8) + [77])
+    assert user is not None and user.computed == 8
+    assert bench.cache.num_available(0) == 2
+    assert bench.admit(seq(100, 12)) is None
+    other = bench.admit(seq(100, 8))
+    assert other is not None and not set(other.pages.tables[0]) & set(user.pages.tables[0])
+    bench.cache.check(bench.running)
+
+
+def test_headroom_is_left() -> None:
+    bench = Bench(pages=1 + 5)
+    assert bench.admit(seq(0, 16), headroom=2) is None
+    assert bench.admit(seq(0, 16), headroom=1) is not None
+
+
+def test_source_of_a_copy_stays_until_the_plan_is_complete() -> None:
+    bench = Bench(pages=1 + 5)
+    bench.run(seq(0, 4))
+    first = bench.admit([0, 1, 99])
+    assert first is not None and first.computed == 2
+    source = bench.copies[0][1]
+    assert bench.cache.num_available(0) == 3
+    assert bench.admit(seq(100, 16)) is None
+    second = bench.admit(seq(100, 12))
+    assert second is not None and source not in second.pages.tables[0]
+    bench.cache.end_plan()
+    assert bench.cache.num_available(0) == 1
+
+
+def test_a_request_that_fills_the_pool_does_without_the_copy() -> None:
+    bench = Bench(pages=1 + 2)
+    bench.run([0, 1, 2, 3, 4, 5])
+    request = bench.admit([0, 1, 2, 3, 4, 5, 6, 7])
+    assert request is not None and request.computed == 4 and not bench.copies
+    assert bench.compute(request, 8)
+
+
+def test_extend_takes_all_or_nothing() -> None:
+    bench = Bench(kinds=(0, 1000), pages=1 + 3)
+    request = bench.admit(seq(0, 4))
+    assert request is not None and bench.compute(request, 4)
+    assert not bench.cache.extend(request, 17, bench.entries)
+    assert [pool.num_free for pool in bench.cache.pools] == [2, 2]
+    assert bench.compute(request, 12)
+
+
+def test_sliding_pages_behind_the_window_are_given_up_but_stay_matchable() -> None:
+    bench = Bench(kinds=(6,), pages=1 + 20)
+    request = bench.admit(seq(0, 40))
+    assert request is not None
+    for end in range(4, 41, 4):
+        assert bench.compute(request, end)
+    assert bench.cache.extend(request, 41, bench.entries)
+    assert request.pages.first == [35 // S] and sum(map(bool, request.pages.tables[0])) == 3
+    assert bench.cached(seq(0, 17)) == 16  # needs tokens 11..15 only
+    bench.end(request)
+    assert bench.cached(seq(0, 60)) == 40
+
+
+def test_sliding_match_moves_back_to_where_the_window_is_whole() -> None:
+    bench = Bench(kinds=(0, 6), pages=1 + 20)
+    bench.run(seq(0, 24))
+    tree = bench.cache.tree
+    path = [n for n in tree.walk(tree.root) if n.pages]
+    assert len(path) == 6
+    bench.cache.tree.idle_pages[1].discard(path[4])
+    bench.cache.pools[1].free(path[4].pages[1])
+    path[4].pages[1] = 0  # as if evicted: tokens 16..19
+    bench.cache.check([])
+    assert bench.cached(seq(0, 18)) == 16  # would need the lost page itself
+    assert bench.cached(seq(0, 24)) == 16  # tokens 18..22
+    assert bench.cached(seq(0, 30)) == 16  # tokens 19..23: the last one of the lost page
+    request = bench.admit(seq(0, 30))
+    assert request is not None and request.computed == 16
+    for end in range(20, 33, 4):
+        assert bench.compute(request, min(end, 30))
+    assert path[4].pages[1]  # adopted from the request that computed it again
+    bench.end(request)
+    assert bench.cached(seq(0, 30)) == 29
+
+
+def test_sliding_eviction_leaves_the_node_and_its_full_page() -> None:
+    bench = Bench(kinds=(0, 6), pages=1 + 20)
+    bench.run(seq(0, 16))
+    for _ in range(4):
+        bench.cache.tree.evict(1)
+    bench.cache.check([])
+    assert [pool.num_free for pool in bench.cache.pools] == [16, 20]
+    assert bench.cached(seq(0, 17)) == 0  # nothing to go on from
+
+
+def test_only_sliding_kinds_leave_no_empty_nodes() -> None:
+    bench = Bench(kinds=(6,), pages=1 + 20)
+    bench.run(seq(0, 16))
+    for _ in range(4):
+        bench.cache.tree.evict(0)
+    bench.cache.check([])
+    assert not bench.cache.tree.root.children
+
+
+def test_uncached_siblings_share_while_one_of_them_lives() -> None:
+    bench = Bench(enabled=False)
+    bench.run(seq(0, 8))
+    assert bench.cache.pools[0].num_free == 32
+    siblings = [bench.request(seq(0, 9), id=str(i), group="g") for i in range(2)]
+    stranger = bench.request(seq(0, 9), group="h")
+    for request in (*siblings, stranger):
+        bench.cache.join(request)
+    a = bench.admit(siblings[0])
+    assert a is not None and bench.compute(a, 9)
+    b, c = bench.admit(siblings[1]), bench.admit(stranger)
+    assert b is not None and b.computed == 8 and c is not None and c.computed == 0
+    for request in (a, b, c):
+        bench.cache.end_plan()
+        bench.end(request)
+        bench.cache.leave(request)
+    assert bench.cache.pools[0].num_free == 32 and not bench.cache.tree.root.children
+
+
+def test_reset_spares_running_requests() -> None:
+    bench = Bench(kinds=(0, 6))
+    bench.run(seq(100, 8))
+    request = bench.admit(seq(0, 12))
+    assert request is not None and bench.compute(request, 12)
+    bench.cache.reset()
+    bench.cache.check(bench.running)
+    assert bench.cached(seq(100, 9)) == 0 and bench.cached(seq(0, 13)) == 12
+    bench.end(request)
+    bench.cache.reset()
+    assert [pool.num_free for pool in bench.cache.pools] == [32, 32]
+
+
+def test_capacity_of_pools() -> None:
+    def manager(kinds: tuple[int, ...], pages: list[int]) -> CacheManager:
+        return CacheManager(kinds, pages, S, True)
+
+    assert manager((0,), [11]).max_tokens == 40 and manager((0,), [11]).max_chunk == sys.maxsize
+    assert manager((0, 6), [11, 5]).max_tokens == 40
+    assert manager((6,), [5]).max_tokens == sys.maxsize
+    # Four pages hold, at the worst alignment, 13 tokens: 5 of the window before, 8 new.
+    assert manager((6,), [5]).max_chunk == 8
+    assert manager((100,), [5]).max_tokens == 16  # smaller than the window: never slides
+    with pytest.raises(ValueError, match="state kinds"):
+        manager((0, 6), [11])
+
+
+@pytest.mark.parametrize("damage", ["lost", "twice", "users", "order"])
+def test_check_finds_damage(damage: str) -> None:
+    bench = Bench()
+    bench.run(seq(0, 8))
+    request = bench.admit(seq(0, 9))
+    assert request is not None
+    bench.cache.end_plan()
+    if damage == "lost":
+        bench.cache.pools[0].alloc()
+    elif damage == "twice":
+        bench.cache.pools[0].free(request.pages.tables[0][0])
+    elif damage == "users":
+        request.pages.nodes[0].users += 1
+    else:
+        bench.end(request)
+        bench.running.clear()
+        first = next(iter(bench.cache.tree.idle))
+        bench.cache.tree.idle.discard(first)
+        bench.cache.tree.idle.add(first)
+    with pytest.raises(RuntimeError, match="KV cache"):
+        bench.cache.check(bench.running)
