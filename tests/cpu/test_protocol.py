@@ -431,6 +431,14 @@ def test_headers_without_end_are_cut_off(server: Server) -> None:
         assert s.recv(100).startswith(b"HTTP/1.1 200")
 
 
+def test_a_body_that_never_comes_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miniinfer.serve.openai._BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{{".encode())
+        s.settimeout(5)
+        assert s.recv(1000).startswith(b"HTTP/1.1 408")
+
+
 def test_expect_continue_and_pipelining(server: Server) -> None:
     body = json.dumps({"messages": HELLO}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
