@@ -338,6 +338,14 @@ def test_a_next_turn_reuses_the_whole_conversation() -> None:
     assert len(plan.copies) == 1
 
 
+def test_output_pages_behind_a_sliding_window_stay_matchable() -> None:
+    scheduler = make(kinds=(6,))
+    add(scheduler, "a", prompt(10, 8), max_tokens=24)
+    finish(scheduler)
+    add(scheduler, "b", [*prompt(10, 8), *[9] * 10, 70])
+    assert step(scheduler)[0].starts == [18]
+
+
 def test_budget_must_hold_a_token_for_each_row() -> None:
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         make(budget=4, seqs=5)
