@@ -132,7 +132,8 @@ class AsyncEngine:
     def _load_tokenizer(self) -> Tokenizer | None:
         if self.config.skip_tokenizer_init:
             return None
-        folder = resolve_folder(self.config.tokenizer or self.config.model, self.config.revision)
+        own = self.config.tokenizer
+        folder = resolve_folder(own or self.config.model, self.config.revision, "tokenizer.json" if own else "config.json")
         return Tokenizer.from_folder(folder, self._chat_template)
 
     async def _spawn(self) -> None:

@@ -57,7 +57,6 @@ class EngineCore:
             seed=config.seed,
         )
         self.pending: Pending | None = None
-        self.steps = 0
         done = synchronize(device)
         self.info = self._describe(folder, shape, ops.name, done - begin)
         log.info(
@@ -108,7 +107,6 @@ class EngineCore:
         plan = self.scheduler.schedule(self.clock())
         if plan is not None:
             self.pending = self.runner.launch(plan)
-            self.steps += 1
         updates = self._apply(pending) if pending is not None else []
         if self.config.overlap == 0 and self.pending is not None:
             updates += self._apply(self.pending)
@@ -122,7 +120,7 @@ class EngineCore:
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges, for logs and metrics."""
-        return {**self.scheduler.stats(), "steps": float(self.steps)}
+        return self.scheduler.stats()
 
     def control(self, command: str) -> Any:
         """Commands outside the request flow; ValueError for one that does not exist."""

@@ -41,7 +41,8 @@ class LLM:
         folder = Path(self.info["folder"])
         self.tokenizer: Tokenizer | None = None
         if not config.skip_tokenizer_init:
-            self.tokenizer = Tokenizer.from_folder(resolve_folder(config.tokenizer, config.revision) if config.tokenizer else folder)
+            own = config.tokenizer
+            self.tokenizer = Tokenizer.from_folder(resolve_folder(own, config.revision, "tokenizer.json") if own else folder)
         self.processor = OutputProcessor(self.tokenizer)
         self._defaults = read_generation_config(folder)
         self._ids = count()

@@ -10,19 +10,20 @@ from miniinfer.config import ConfigError
 BUNDLED = Path(__file__).parent.parent / "assets" / "bundled"
 
 
-def resolve_folder(model: str, revision: str | None = None) -> Path:
-    """The checkpoint folder of `model`; a hub name is downloaded into huggingface_hub's cache. Raises ConfigError if there is none."""
+def resolve_folder(model: str, revision: str | None = None, needed: str = "config.json") -> Path:
+    """The checkpoint folder of `model`; a hub name is downloaded into huggingface_hub's cache. Raises ConfigError if there is none, or
+    none with the file `needed` ("tokenizer.json" for a folder that holds only that)."""
     if model == "bundled":
         if not (BUNDLED / "config.json").exists():
             raise ConfigError("model: this installation carries no bundled model; name a folder or a hub model")
         return BUNDLED
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise ConfigError(f"model: the folder {folder} has no config.json")
+        if not (folder / needed).exists():
+            raise ConfigError(f"model: the folder {folder} has no {needed}")
         return folder
     if folder.exists():
-        raise ConfigError(f"model: {folder} is a file; name the folder that holds config.json")
+        raise ConfigError(f"model: {folder} is a file; name the folder that holds {needed}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
         raise ConfigError(f"model: there is no folder {folder}")
     return _download(model, revision)
