@@ -78,16 +78,16 @@ def text(source: Path, encoder: Encoder) -> tuple[list[Document], list[Document]
     return train, valid
 
 
-def everything(folder: Path, tokens: int, seconds: float, processes: int, source: Path | None) -> dict[str, int]:
+def everything(folder: Path, tokens: int, seconds: float, processes: int, source: Path | None, valid: int = 4000) -> dict[str, int]:
     """All three folders; returns how many tokens each kind has."""
     encoder = Encoder()
     counts = {"conversation": conversations(folder / "train", tokens, seconds, processes)}
-    write_shard(folder / "valid" / "talk.safetensors", encoder.encode(held_out("valid", 4000)))
+    write_shard(folder / "valid" / "talk.safetensors", encoder.encode(held_out("valid", valid)))
     if source:
-        train, valid = text(source, encoder)
-        write_shard(folder / "train" / "text.safetensors", train, repeat=TEXT_REPEAT)
-        write_shard(folder / "valid_text" / "text.safetensors", valid)
-        counts |= {"text": sum(len(ids) for ids, _ in train), "text held out": sum(len(ids) for ids, _ in valid)}
+        shown, kept = text(source, encoder)
+        write_shard(folder / "train" / "text.safetensors", shown, repeat=TEXT_REPEAT)
+        write_shard(folder / "valid_text" / "text.safetensors", kept)
+        counts |= {"text": sum(len(ids) for ids, _ in shown), "text held out": sum(len(ids) for ids, _ in kept)}
     return counts
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import mix
 from chat import ASSETS, END_OF_TEXT, IM_END, SPECIALS
 from sample import Voice
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 6144
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 10, 256, 768, 4, 2, 64
@@ -47,9 +47,11 @@ def train(text: Path) -> Tokenizer:
     with gzip.open(text, "rt", encoding="utf-8") as f:
         documents = json.load(f)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[AddedToken(s, normalized=False, special=i < 3) for i, s in enumerate(SPECIALS)],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([*documents, *conversations(100_000)], trainer)
     return tokenizer
 
@@ -57,7 +59,10 @@ def train(text: Path) -> Tokenizer:
 def write(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json, config.json and generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:  # the marks of a tool call are text that a client's parser must see
+        token["special"] = token["id"] <= IM_END
+    (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     template = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIALS[IM_END], "pad_token": SPECIALS[END_OF_TEXT],

@@ -54,7 +54,7 @@ def conversation(v: Voice, training: bool, sample: Sample | None = None) -> Samp
     if not given and not sample.tools and v.chance(0.015):
         again = sample.messages[-1]["content"]
         sample.messages = [*sample.messages, {"role": "user", "content": v.pick(_AGAIN)}, {"role": "assistant", "content": again}]
-        sample.task, sample.check = "again", Check("exact", (again,))
+        sample.task, sample.key, sample.check = "again", "", Check("exact", (again,))
     if v.chance(0.4):
         sample.messages = [{"role": "system", "content": v.fill(v.pick(_SYSTEM), day=v.pick(DAYS))}, *sample.messages]
     return sample

@@ -174,11 +174,11 @@ def test_checks(check: Check, good: str, bad: str):
 def test_generation_fills_folders(tmp_path: Path, encoder: chat.Encoder):
     from miniinfer.train.data import Documents
 
-    counts = generate.everything(tmp_path, tokens=6000, seconds=60, processes=2, source=None)
+    counts = generate.everything(tmp_path, tokens=6000, seconds=60, processes=2, source=None, valid=20)
     documents = Documents(tmp_path / "train")
     assert counts["conversation"] == documents.tokens_per_epoch >= 6000
     assert int(documents.lengths.max()) <= generate.LONGEST and 0.1 < documents.learned.float().mean() < 0.7
-    assert len(Documents(tmp_path / "valid").lengths) == 4000
+    assert len(Documents(tmp_path / "valid").lengths) == 20
 
 
 def test_report_counts(encoder: chat.Encoder):
