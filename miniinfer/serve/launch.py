@@ -21,7 +21,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniinfer.config import ConfigError, EngineConfig, ServerConfig, read_generation_config
-from miniinfer.engine.client import AsyncEngine
+from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.serve.metrics import log_throughput
 from miniinfer.serve.openai import Api, build_app
 from miniinfer.utils import get_logger, setup_logging
@@ -41,6 +41,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     with contextlib.closing(_bind(server.host, server.port)) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(engine, server, listener))
+        except EngineDeadError:  # while it was loading; the log has said why
+            return 1
         except asyncio.CancelledError:  # a signal while the model was loading
             return 130
 
