@@ -204,7 +204,7 @@ def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -
     per_layer = 2 * shape.num_kv_heads * shape.head_dim * element * size
     page_bytes = [per_layer * shape.windows.count(window) for window in shape.state_kinds]
     whole = -(-config.max_model_len // size) + 1  # pages of a request at its limit
-    spans = [min(whole, (w + config.max_num_batched_tokens) // size + 2) if w else whole for w in shape.state_kinds]
+    spans = [min(whole, (w + config.max_num_batched_tokens) // size + 4) if w else whole for w in shape.state_kinds]
     if config.num_pages is not None:
         pages, granted, source = [config.num_pages] * len(spans), "", "num_pages"
     else:

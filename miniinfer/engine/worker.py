@@ -7,6 +7,7 @@ then stays open: its end tells that the parent is gone, however it died. SIGINT 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import shutil
@@ -73,6 +74,7 @@ def run(config: EngineConfig, core: str, inbox: zmq.Socket[bytes], outbox: zmq.S
         log.exception("the engine could not start")
         _send(outbox, Failed(f"{type(e).__name__}: {e}"))
         return 1
+    gc.freeze()  # what start-up made lives as long as the process: no collection need walk it, least of all between steps
     _send(outbox, Ready(engine.info))
     try:
         _serve(engine, inbox, outbox)
