@@ -398,6 +398,18 @@ def _serving(args: argparse.Namespace) -> int:
     return serving.main(take(serving.ServingBench, args))
 
 
+def _kernels_options(parser: Parser) -> None:
+    from miniinfer.bench.kernels import KernelBench
+
+    add_options(parser, KernelBench)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from miniinfer.bench import kernels
+
+    return kernels.main(take(kernels.KernelBench, args))
+
+
 def _train_options(parser: Parser) -> None:
     from miniinfer.train.trainer import TrainConfig
 
@@ -428,6 +440,7 @@ COMMANDS = {
     "info": Command("what a checkpoint is and the memory it needs", _info_options, _info),
     "bench offline": Command("throughput and latency of the engine beside their physical floors", _offline_options, _offline),
     "bench serving": Command("latency percentiles of any OpenAI-compatible server under load", _serving_options, _serving),
+    "bench kernels": Command("each GPU kernel beside its ceiling and plain torch", _kernels_options, _kernels),
     "train": Command("train a small model", _train_options, _train),
 }
 

@@ -1,4 +1,4 @@
-"""Times each GPU kernel against its ceiling and against plain torch on the same shapes.
+"""`miniinfer bench kernels`: each GPU kernel against its ceiling and against plain torch on the same shapes.
 
 A figure is the median of CUDA-graph replays over calls whose inputs rotate past the L2 cache, on random data. Ceilings are what an H200
 was measured to reach (docs/performance.md), not its data sheet; options set others.
@@ -6,7 +6,6 @@ was measured to reach (docs/performance.md), not its data sheet; options set oth
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miniinfer.bench.floors import H200
+from miniinfer.config import ConfigError, opt
 from miniinfer.kernels import REFERENCE, Ops, select
 
 ROTATE = 256 * 2**20  # bytes of inputs to go through before any is seen again; an H200's L2 holds 50 MB
@@ -205,31 +206,38 @@ GROUPS: dict[str, Callable[[Ops], Iterator[Case]]] = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints a table, then one JSON object as the last line. Exit code 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="miniinfer bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sorted(GROUPS), action="append", help="a group of kernels; may be given again (default: all)")
-    parser.add_argument("--bandwidth", type=float, default=4.5, help="ceiling in TB/s (default %(default)s, read on an H200)")
-    parser.add_argument("--tflops", type=float, default=790.0, help="ceiling in TFLOP/s (default %(default)s, bf16 on an H200)")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class KernelBench:
+    """What to time, and the ceilings to compare with."""
+
+    only: str | None = opt(None, f"comma list of {', '.join(GROUPS)} (all)")
+    bandwidth: float = opt(H200.read / 1e12, "TB/s that reading reaches at best")
+    tflops: float = opt(H200.matmul / 1e12, "TFLOP/s that a large bf16 product reaches at best")
+
+    @property
+    def groups(self) -> list[str]:
+        names = self.only.split(",") if self.only else list(GROUPS)
+        if unknown := [n for n in names if n not in GROUPS]:
+            raise ConfigError(f"only: {', '.join(unknown)}: not among {', '.join(GROUPS)}")
+        return names
+
+
+def main(options: KernelBench) -> int:
+    """Prints a table, then one JSON object as the last line. ConfigError without a GPU."""
+    groups = options.groups
     if not torch.cuda.is_available():
-        print("bench kernels: needs a CUDA device")
-        return 2
+        raise ConfigError("timing kernels needs a CUDA device, and torch sees none here")
     ops = select("triton", "cuda")
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ceilings {args.bandwidth} TB/s and {args.tflops} TFLOP/s")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ceilings {options.bandwidth:g} TB/s and {options.tflops:g} TFLOP/s")
     print(f"{'kernel':52} {'us':>10} {'GB/s':>8} {'TFLOP/s':>8} {'share':>6} {'torch us':>10}")
     results: list[Result] = []
-    for group in args.only or GROUPS:
+    for group in groups:
         for case in GROUPS[group](ops):
-            r = run(case, args.bandwidth * 1e12, args.tflops * 1e12)
+            r = run(case, options.bandwidth * 1e12, options.tflops * 1e12)
             beside = f"{r.torch_us:10.1f}" if r.torch_us is not None else f"{'-':>10}"
             print(f"{r.name:52} {r.us:10.1f} {r.gb_per_s:8.0f} {r.tflop_per_s:8.1f} {r.share:6.0%} {beside}", flush=True)
             results.append(r)
             torch.cuda.empty_cache()
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "kernels": [asdict(r) for r in results]}))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

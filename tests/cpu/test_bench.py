@@ -161,14 +161,16 @@ class Handler(BaseHTTPRequestHandler):
             number = len(Handler.bodies)
             Handler.open += 1
             Handler.most = max(Handler.most, Handler.open)
-        try:
-            self._answer(body, number)
-        finally:
-            with Handler.lock:
-                Handler.open -= 1
+        self._answer(body, number)
+
+    def _count_out(self) -> None:
+        """Before the last byte: from then on the client may send its next request."""
+        with Handler.lock:
+            Handler.open -= 1
 
     def _answer(self, body: dict[str, Any], number: int) -> None:
         if number % 5 == 0:
+            self._count_out()
             self.send_error(503, "busy")
             return
         self.send_response(200)
@@ -183,6 +185,7 @@ class Handler(BaseHTTPRequestHandler):
             piece = stream[start : start + 37]
             self.wfile.write(f"{len(piece):X};x=y\r\n".encode() + piece + b"\r\n")
             time.sleep(0.0005)
+        self._count_out()
         self.wfile.write(b"0\r\nTrailer: 1\r\n\r\n")
 
 

@@ -128,6 +128,7 @@ def test_no_torch_in_the_api_process(module: str) -> None:
 
 
 def option_classes() -> list[type]:
+    from miniinfer.bench.kernels import KernelBench
     from miniinfer.bench.offline import OfflineBench
     from miniinfer.bench.serving import ServingBench
     from miniinfer.cli import ChatOptions, GenerateOptions
@@ -135,7 +136,7 @@ def option_classes() -> list[type]:
     from miniinfer.models.describe import InfoOptions
     from miniinfer.train.trainer import TrainConfig
 
-    return [EngineConfig, ServerConfig, ChatOptions, GenerateOptions, InfoOptions, OfflineBench, ServingBench, TrainConfig]
+    return [EngineConfig, ServerConfig, ChatOptions, GenerateOptions, InfoOptions, KernelBench, OfflineBench, ServingBench, TrainConfig]
 
 
 def test_options_are_few_and_described() -> None:
