@@ -197,7 +197,12 @@ def check_paged(device: str, dtype: torch.dtype, what: str, ops: Ops, *case: obj
 def check_decode(device: str, dtype: torch.dtype, full: bool) -> None:
     ops = triton_ops()
     ones = [1, 1, 1]
-    cases = [(ones, [5, 300, 17], 4, 2, 16, 16, 0), (ones, [64, 1, 33], 3, 1, 32, 32, 0), (ones, [520, 40, 300], 2, 2, 16, 64, 24)]
+    cases = [
+        (ones, [5, 300, 17], 4, 2, 16, 16, 0),
+        (ones, [64, 1, 33], 3, 1, 32, 32, 0),
+        (ones, [520, 40, 300], 2, 2, 16, 64, 24),
+        ([1], [4700], 16, 1, 16, 64, 0),
+    ]
     if full:
         cases += [([1] * 4, [1, 64, 65, 4099], 32, 8, dim, size, w) for dim in (64, 80, 96, 128, 256) for size in (16, 64) for w in (0, 1000)]
         cases += [([1] * 3, [1000, 256, 257], 28, 4, 128, size, 300) for size in (32, 128)]
@@ -362,17 +367,13 @@ def check_filters(device: str, dtype: torch.dtype, full: bool) -> None:
             score = torch.where((temperature <= 0).unsqueeze(1), logits, score)
             lost = score.max(-1).values - score.gather(1, chosen.unsqueeze(1)).squeeze(1)
             assert (lost < 1e-3).all(), f"filters {rows}x{vocab}: row {int(lost.argmax())} chose a dropped or lesser token ({float(lost.max()):.2e})"
-    # Ties at every threshold: the survivors must be exactly the stable sort's. A hot row draws each of them soon.
-    levels = torch.randint(0, 4, (1, 64), device=device).float().repeat(300 if full else 3, 1)
-    count = len(levels)
-    one, seeds, positions = torch.ones(count, device=device), torch.arange(count, device=device), torch.zeros(count, dtype=torch.int32, device=device)
-    for k, p, m in ((5, 1.0, 0.0), (0, 0.3, 0.0), (30, 0.77, 0.0), (0, 1.0, 0.2), (3, 0.0, 0.0), (20, 0.9, 0.3)):
-        filters = (torch.full((count,), k, dtype=torch.int32, device=device), one * p, one * m)
-        same(
-            ops.sample(levels, one, *filters, seeds, positions, True),
-            ref.sample(levels, one, *filters, seeds, positions, True),
-            f"ties k={k} p={p} min_p={m}",
-        )
+    # Ties at every threshold: the survivors must be exactly the stable sort's. Hot rows draw each of them soon.
+    for k, p, m, count in ((5, 1.0, 0.0, 4), (25, 1.0, 0.0, 16), (0, 0.3, 0.0, 4), (30, 0.77, 0.0, 4), (0, 1.0, 0.995, 8), (3, 0.0, 0.0, 2)):
+        count *= 20 if full else 1
+        levels = torch.randint(0, 4, (1, 64), device=device).float().repeat(count, 1)
+        one, seeds = torch.ones(count, device=device), torch.arange(count, device=device)
+        args = (levels, one * 100, (one * k).int(), one * p, one * m, seeds, torch.zeros_like(seeds).int(), True)
+        same(ops.sample(*args), ref.sample(*args), f"ties k={k} p={p} min_p={m}")
 
 
 def check_penalties(device: str, dtype: torch.dtype, full: bool) -> None:
