@@ -160,7 +160,7 @@ struct Attention {
             const E* from[PANEL];
             const long have = std::min<long>(PANEL, count - i * PANEL);
             for (long r = 0; r < have; r++) from[r] = query(b, h, task.first + i * PANEL + r);
-            pack_panel<Single>(from, (int)have, 0, dim, qt + i * dim * PANEL);
+            pack_panel<false>(from, (int)have, dim, qt + i * dim * PANEL);
         }
         for (long r = 0; r < panels * PANEL; r++) own[r] = (int32_t)(length - n + (task.first + std::min(r, count - 1)) / share());
         std::fill_n(sums, panels * dim * PANEL, 0.0f);
@@ -174,14 +174,14 @@ struct Attention {
                 from[i] = page(k, b, h, key + i);
                 widen_row(page(v, b, h, key + i), values + i * dim, dim);
             }
-            pack_panel<Single>(from, (int)keys, 0, dim, kt);
+            pack_panel<false>(from, (int)keys, dim, kt);
             for (long i = 0; i < panels; i++) {
                 const int32_t* at = own + i * PANEL;
                 if (at[PANEL - 1] < key || (window && at[0] - window + 1 >= key + keys)) continue;  // all hidden
                 Tiles tiles(keys);
                 for (long t = 0; t < tiles.count; t++) {
                     const long first = tiles.at(t), m = tiles.at(t + 1) - first;
-                    micro_of<Single>(m)(kt + first, PANEL, qt + i * dim * PANEL, dim, scores + first * PANEL, PANEL, false);
+                    micro_of(m)(kt + first, PANEL, qt + i * dim * PANEL, dim, scores + first * PANEL, PANEL, false);
                 }
                 for (int half = 0; half < 2; half++)
                     fold(scores + half * W, key, keys, at + half * W, tops + i * PANEL + half * W, totals + i * PANEL + half * W,
@@ -189,7 +189,7 @@ struct Attention {
                 Tiles columns(dim);
                 for (long t = 0; t < columns.count; t++) {
                     const long first = columns.at(t), m = columns.at(t + 1) - first;
-                    micro_of<Single>(m)(values + first, dim, scores, keys, sums + i * dim * PANEL + first * PANEL, PANEL, true);
+                    micro_of(m)(values + first, dim, scores, keys, sums + i * dim * PANEL + first * PANEL, PANEL, true);
                 }
             }
         }

@@ -150,8 +150,8 @@ void moe(const bf16* x, const float* logits, const bf16* w13, const bf16* w2, bf
     const long pairs = tokens * k;
     static thread_local std::vector<int32_t> chosen, order, start, busy;
     static thread_local std::vector<float> weights;
-    static thread_local std::vector<bf16> gathered, hidden;
-    chosen.resize(pairs), weights.resize(pairs), order.resize(pairs), gathered.resize(pairs * h), hidden.resize(pairs * inner);
+    static thread_local std::vector<bf16> hidden;
+    chosen.resize(pairs), weights.resize(pairs), order.resize(pairs), hidden.resize(pairs * inner);
     start.assign(experts + 1, 0), busy.clear();
     for (long t = 0; t < tokens; t++) route(logits + t * experts, experts, k, renormalize, &chosen[t * k], &weights[t * k]);
     for (long i = 0; i < pairs; i++) start[chosen[i] + 1]++;
@@ -161,55 +161,43 @@ void moe(const bf16* x, const float* logits, const bf16* w13, const bf16* w2, bf
     }
     std::vector<int32_t> next(start.begin(), start.end() - 1);
     for (long i = 0; i < pairs; i++) order[next[chosen[i]]++] = (int32_t)i;
-    float* inputs = caller_scratch[0].get(Activations::floats(pairs, h));
-    float* inners = caller_scratch[1].get(Activations::floats(pairs, inner));
+    constexpr long step = Rows<bf16>::step;
+    const long wide = ceil_div(h, step) * step, narrow = ceil_div(inner, step) * step;
+    using X = Rows<bf16>::X;
+    X* inputs = reinterpret_cast<X*>(caller_scratch[0].get(pairs * wide));
+    X* inners = reinterpret_cast<X*>(caller_scratch[1].get(pairs * narrow));
     float* results = caller_scratch[2].get(pairs * h);  // [token, choice][h], weighted
     // thread_local names mean another thread's copy inside the region: take the addresses here
     const int32_t *sorted = order.data(), *first = start.data(), *active = busy.data();
     const float* share = weights.data();
-    bf16 *rows = gathered.data(), *inside = hidden.data();
-    const long count = (long)busy.size();
-    auto of = [&](long e, float* memory, long width) {
-        return Activations(first[e + 1] - first[e], width, memory + Activations::floats(first[e], width));
-    };
-    const long up = task_rows(inner, h, tokens >= CROSSOVER), down = task_rows(h, inner, tokens >= CROSSOVER);
-    const long ups = ceil_div(inner, up), downs = ceil_div(h, down);
-    const long ldc_up = ceil_div(up, PANEL) * PANEL, ldc_down = ceil_div(down, PANEL) * PANEL;
+    bf16* inside = hidden.data();
+    const long count = (long)busy.size(), rows = 48, ups = ceil_div(inner, rows), downs = ceil_div(h, rows);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (long i = 0; i < pairs; i++) std::memcpy(rows + i * h, x + sorted[i] / k * h, h * sizeof(bf16));
-#pragma omp for schedule(dynamic, 1)
-        for (long n = 0; n < count; n++) {
-            const Activations a = of(active[n], inputs, h);
-            for (long i = 0; i < a.pieces(); i++) a.prepare(rows + first[active[n]] * h, i);
-        }
-        float* c = own_scratch.get(pairs * (2 * ldc_up + ldc_down) + panel_floats());
+        for (long i = 0; i < pairs; i++) Rows<bf16>::prepare(x + sorted[i] / k * h, h, inputs + i * wide);
+        float* c = own_scratch.get(pairs * 2 * rows);
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < count * ups; task++) {
-            const long e = active[task / ups], from = task % ups * up, to = std::min(inner, from + up);
-            const Activations a = of(e, inputs, h);
-            float *gate = c, *other = c + a.tokens * ldc_up, *panel = other + a.tokens * ldc_up;
-            const bf16* w = w13 + e * 2 * inner * h;
-            project(w, from, to, a, gate, ldc_up, panel);
-            project(w, inner + from, inner + to, a, other, ldc_up, panel);
-            for (long t = 0; t < a.tokens; t++)
-                silu_mul_row(gate + t * ldc_up, other + t * ldc_up, gate + t * ldc_up, to - from),
-                    narrow_row(gate + t * ldc_up, inside + (first[e] + t) * inner + from, to - from);
+            const long e = active[task / ups], from = task % ups * rows, have = std::min(rows, inner - from), n = first[e + 1] - first[e];
+            const bf16* w = w13 + (e * 2 * inner + from) * h;
+            float *gate = c, *other = c + n * rows;
+            dots<bf16>(w, h, have, inputs + first[e] * wide, wide, n, h, gate, rows);
+            dots<bf16>(w + inner * h, h, have, inputs + first[e] * wide, wide, n, h, other, rows);
+            for (long t = 0; t < n; t++) {
+                silu_mul_row(gate + t * rows, other + t * rows, gate + t * rows, have);
+                narrow_row(gate + t * rows, inside + (first[e] + t) * inner + from, have);
+            }
         }
-#pragma omp for schedule(dynamic, 1)
-        for (long n = 0; n < count; n++) {
-            const Activations a = of(active[n], inners, inner);
-            for (long i = 0; i < a.pieces(); i++) a.prepare(inside + first[active[n]] * inner, i);
-        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < pairs; i++) Rows<bf16>::prepare(inside + i * inner, inner, inners + i * narrow);
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < count * downs; task++) {
-            const long e = active[task / downs], from = task % downs * down, to = std::min(h, from + down);
-            const Activations a = of(e, inners, inner);
-            project(w2 + e * h * inner, from, to, a, c, ldc_down, c + a.tokens * ldc_down);
-            for (long t = 0; t < a.tokens; t++) {
+            const long e = active[task / downs], from = task % downs * rows, have = std::min(rows, h - from), n = first[e + 1] - first[e];
+            dots<bf16>(w2 + (e * h + from) * inner, inner, have, inners + first[e] * narrow, narrow, n, inner, c, rows);
+            for (long t = 0; t < n; t++) {
                 const long pair = sorted[first[e] + t];
-                for (long i = 0; i < to - from; i++) results[pair * h + from + i] = c[t * ldc_down + i] * share[pair];
+                for (long i = 0; i < have; i++) results[pair * h + from + i] = c[t * rows + i] * share[pair];
             }
         }
 #pragma omp for schedule(static)
@@ -232,9 +220,21 @@ void with_type(int dtype, F f) {
 
 extern "C" {
 
-// y [T, N] = x [T, K] w^T + bias (bias may be null), bf16.
+// Elements of bf16 that `mi_pack` writes.
+long mi_packed_size(long n, long k) { return ceil_div(n, PANEL) * PANEL * pairs_of(k) * 2; }
+
+void mi_pack(const void* w, void* packed, long n, long k) {
+#if defined(__linux__)  // 2 MiB pages where the memory allows, before it is first touched
+    const uintptr_t huge = 1 << 21, bytes = mi_packed_size(n, k) * 2;
+    const uintptr_t from = ((uintptr_t)packed + huge - 1) / huge * huge, to = ((uintptr_t)packed + bytes) / huge * huge;
+    if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
+    pack((const bf16*)w, (uint32_t*)packed, n, k);
+}
+
+// y [T, N] = x [T, K] w^T + bias (bias may be null), bf16, w as mi_pack wrote it.
 void mi_linear(const void* w, const void* bias, const void* x, void* y, long tokens, long n, long k) {
-    linear((const bf16*)w, (const bf16*)bias, (const bf16*)x, (bf16*)y, tokens, n, k);
+    linear((const uint32_t*)w, (const bf16*)bias, (const bf16*)x, (bf16*)y, tokens, n, k);
 }
 
 // residual null: plain norm.
@@ -309,13 +309,5 @@ void mi_step_inputs(const int32_t* tokens, const int32_t* rows, const int32_t* s
         if (ids) ids[t] = positions[t] = 0;
         if (slots) slots[t] = 0;
     }
-}
-
-// Backs [p, p + bytes) with 2 MiB pages now, contents unchanged (Linux 6.1's MADV_COLLAPSE); best effort.
-void mi_huge_pages(void* p, long bytes) {
-#if defined(__linux__)
-    const uintptr_t huge = 1 << 21, from = ((uintptr_t)p + huge - 1) / huge * huge, to = ((uintptr_t)p + bytes) / huge * huge;
-    if (from < to) madvise((void*)from, to - from, 25);
-#endif
 }
 }

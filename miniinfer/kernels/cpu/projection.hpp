@@ -1,9 +1,9 @@
-// Projections: y = W x with bf16 weights as the model holds them, row-major [N, K], and fp32 sums.
+// Products with bf16 weights and fp32 sums. Three inner loops:
 //
-// Two inner loops carry the work:
-//   dots   few tokens: each weight is read once from memory and widened by a shift; bound by memory.
-//   micro  many tokens: a register tile of C += A B over blocks of W transposed into the cache; bound by the FMA units.
-// Nothing is copied at load, so the embedding can share the head's storage and new weights take effect at once.
+//   dots    rows of W, as the tensor holds them, with few tokens: cached keys, experts.
+//   stream  W packed into panels, with a tile of tokens held in registers: every linear layer. Each weight is read once, in one contiguous
+//           stream, for up to MAX_TILE tokens; more tokens pass over pieces of a panel that stay in the nearest cache.
+//   micro   C += A B over small fp32 blocks in the cache: attention of prompts.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace {
 
-// ------------------------------------------------------------------------------------------- dots: few tokens, from memory
+// ------------------------------------------------------------------------------------------- dots: rows as they are
 
 #if BF16_DOT
 #if defined(MINIINFER_EMULATE_BF16_DOT)
@@ -138,29 +138,10 @@ void dots(const E* w, long ldw, long rows, const typename Rows<E>::X* x, long ld
     }
 }
 
-// ------------------------------------------------------------------------------------- micro: many tokens, from the cache
-
-// The unit of the reduction: one fp32 value, or a pair of bf16 values in 32 bits.
-struct Single {
-    static constexpr int per_unit = 1;
-    static inline vf fma(vf acc, float a, vf b) { return splat(a) * b + acc; }
-};
-#if BF16_DOT
-struct Pair {
-    static constexpr int per_unit = 2;
-    static inline vf fma(vf acc, float a, vf b) {
-        uint32_t u;
-        std::memcpy(&u, &a, 4);
-        return dot_pairs(acc, vu{} + u, (vu)b);
-    }
-};
-using Weights = Pair;
-#else
-using Weights = Single;
-#endif
+// ------------------------------------------------------------------------------------------ micro: blocks in the cache
 
 // c[i * ldc + j] (+)= sum over k of a[k * lda + i] * b[k * PANEL + j], i < M, j < PANEL.
-template <class Unit, int M>
+template <int M>
 void micro(const float* a, long lda, const float* b, long k, float* c, long ldc, bool add) {
     vf acc[M][2];
 #pragma GCC unroll 12
@@ -172,8 +153,8 @@ void micro(const float* a, long lda, const float* b, long k, float* c, long ldc,
         vf b0 = load<vf>(b), b1 = load<vf>(b + W);
 #pragma GCC unroll 12
         for (int i = 0; i < M; i++) {
-            acc[i][0] = Unit::fma(acc[i][0], a[i], b0);
-            acc[i][1] = Unit::fma(acc[i][1], a[i], b1);
+            acc[i][0] += splat(a[i]) * b0;
+            acc[i][1] += splat(a[i]) * b1;
         }
     }
 #pragma GCC unroll 12
@@ -184,17 +165,14 @@ void micro(const float* a, long lda, const float* b, long k, float* c, long ldc,
 }
 
 using Micro = void (*)(const float*, long, const float*, long, float*, long, bool);
-template <class Unit, int... I>
-Micro micro_of(int m, std::integer_sequence<int, I...>) {
-    static const Micro table[] = {micro<Unit, I + 1>...};
+template <int... I>
+Micro micro_of(long m, std::integer_sequence<int, I...>) {
+    static const Micro table[] = {micro<I + 1>...};
     return table[m - 1];
 }
-template <class Unit>
-Micro micro_of(long m) {
-    return micro_of<Unit>((int)m, std::make_integer_sequence<int, MAX_TILE>());
-}
+inline Micro micro_of(long m) { return micro_of(m, std::make_integer_sequence<int, MAX_TILE>()); }
 
-// Even split of `total` into tiles of at most MAX_TILE: tile i is [tile_at(i), tile_at(i + 1)).
+// Even split of `total` into tiles of at most MAX_TILE: tile i is [at(i), at(i + 1)).
 struct Tiles {
     long total, count;
     explicit Tiles(long n) : total(n), count(ceil_div(n, MAX_TILE)) {}
@@ -222,8 +200,9 @@ inline void transpose(vu (&v)[W]) {
     if constexpr (W >= 16) transpose_round<8>(v);
 }
 
-// Columns [k, k + W words) of W rows, transposed into out[unit * PANEL]: `have` rows exist, `width` elements of each (zeros beyond).
-template <class Unit, class E>
+// Columns from k on of W rows (`have` exist; `width` elements of each, zeros beyond), transposed into out[unit * PANEL]. A unit is 32 bits:
+// with Pairs two neighbouring bf16 elements, else one element as fp32.
+template <bool Pairs, class E>
 inline void pack_block(const E* const* rows, int have, long k, long width, float* out) {
     constexpr int words = 4 / sizeof(E);  // elements in 32 bits
     vu v[W] = {};
@@ -233,145 +212,158 @@ inline void pack_block(const E* const* rows, int have, long k, long width, float
         for (int r = 0; r < have; r++) std::memcpy(&v[r], rows[r] + k, width * sizeof(E));
     }
     transpose(v);
-    if constexpr (words == 2 && Unit::per_unit == 1) {
-        long n = std::min<long>(width, 2 * W);
-        for (int i = 0; i < W && 2 * i < n; i++) {
-            store(out + 2 * i * PANEL, (vf)(v[i] << 16));
-            if (2 * i + 1 < n) store(out + (2 * i + 1) * PANEL, (vf)(v[i] & 0xFFFF0000u));
+    const long units = std::min<long>(Pairs ? ceil_div(width, 2) : width, W * words / (Pairs ? 2 : 1));
+    for (int i = 0; i < W; i++) {
+        if constexpr (words == 1 || Pairs) {
+            if (i < units) store(out + i * PANEL, v[i]);
+        } else {
+            if (2 * i < units) store(out + 2 * i * PANEL, (vf)(v[i] << 16));
+            if (2 * i + 1 < units) store(out + (2 * i + 1) * PANEL, (vf)(v[i] & 0xFFFF0000u));
         }
-    } else {
-        long n = std::min<long>(ceil_div(width, Unit::per_unit), W);
-        for (int i = 0; i < n; i++) store(out + i * PANEL, v[i]);
     }
 }
 
-// Elements [k, k + width) of up to PANEL rows, transposed: out[unit * PANEL + row].
-template <class Unit, class E>
-void pack_panel(const E* const* rows, int have, long k, long width, float* out) {
+// The first `width` elements of up to PANEL rows, transposed: out[unit * PANEL + row].
+template <bool Pairs, class E>
+void pack_panel(const E* const* rows, int have, long width, float* out) {
     constexpr int span = W * 4 / sizeof(E);
-    for (long i = 0; i < width; i += span)
-        for (int half = 0; half < 2; half++) {
-            int here = std::clamp(have - half * W, 0, W);
-            pack_block<Unit, E>(rows + half * W, here, k + i, width - i, out + i / Unit::per_unit * PANEL + half * W);
-        }
+    for (long k = 0; k < width; k += span)
+        for (int half = 0; half < 2; half++)
+            pack_block<Pairs>(rows + half * W, std::clamp(have - half * W, 0, W), k, width - k, out + k / (Pairs ? 2 : 1) * PANEL + half * W);
 }
 
-// --------------------------------------------------------------------------------------------------------- projections
+// -------------------------------------------------------------------------------------------- stream: packed weights
 
-constexpr long DEPTH = 256;  // elements of K that are transposed at a time: PANEL x DEPTH fp32 and a token tile stay near the core
-#if !defined(MINIINFER_CROSSOVER)
-#define MINIINFER_CROSSOVER 40
-#endif
-constexpr long CROSSOVER = MINIINFER_CROSSOVER;  // from this many tokens on, tiles beat dots (measured)
+constexpr long DEPTH = 128;  // pairs of a panel that several tiles of tokens pass over: 16 KiB with 32 columns
+constexpr long AHEAD = 1024;  // pairs to fetch ahead in the stream: 4 KiB
 
-// Activations in the form that the chosen loop wants: rows for `dots`, token tiles [tile][unit][token] for `micro`.
-struct Activations {
-    bool tiled;
-    long tokens, k, padded;  // padded: stored elements of a row
-    float* data;
+// Weights [N, K] packed as [N / PANEL][K / 2][PANEL] pairs of bf16, zeros beyond N and K. A pair is what the bf16 dot product takes, and a
+// shift and a mask make two fp32 vectors of it where there is none.
+inline long pairs_of(long k) { return ceil_div(k, 2); }
 
-    Activations(long tokens, long k, float* memory)
-        : tiled(tokens >= CROSSOVER), tokens(tokens), k(k), padded(ceil_div(k, 2 * W) * 2 * W), data(memory) {}
-    static size_t floats(long tokens, long k) { return (size_t)tokens * (ceil_div(k, 2 * W) * 2 * W); }
-    using Row = Rows<bf16>::X;
-    Row* row(long t) const { return reinterpret_cast<Row*>(data) + t * padded; }
-    float* tile(long first) const { return data + first * (padded / Weights::per_unit); }
+void pack(const bf16* w, uint32_t* out, long n, long k) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long p = 0; p < ceil_div(n, PANEL); p++) {
+        const bf16* rows[PANEL];
+        const int have = (int)std::min<long>(PANEL, n - p * PANEL);
+        for (int r = 0; r < have; r++) rows[r] = w + (p * PANEL + r) * k;
+        pack_panel<true>(rows, have, k, reinterpret_cast<float*>(out) + p * pairs_of(k) * PANEL);
+    }
+}
 
-    long pieces() const { return tiled ? Tiles(tokens).count : tokens; }
-    void prepare(const bf16* x, long piece) const {  // one piece; pieces are independent
-        if (!tiled) return Rows<bf16>::prepare(x + piece * k, k, row(piece));
-        Tiles tiles(tokens);
-        long first = tiles.at(piece), m = tiles.at(piece + 1) - first;
-        float* out = tile(first);
-        for (long i = 0; i < m; i++) {
-            const bf16* from = x + (first + i) * k;
 #if BF16_DOT
-            for (long n = 0; n < k / 2; n++) std::memcpy(out + n * m + i, from + 2 * n, 4);
-            if (k & 1) {
-                bf16 last[2] = {from[k - 1], {0}};
-                std::memcpy(out + k / 2 * m + i, last, 4);
-            }
+constexpr int X_UNITS = 1;  // 32-bit units of an activation per pair
 #else
-            for (long n = 0; n < k; n++) out[n * m + i] = widen(from[n]);
+constexpr int X_UNITS = 2;
+#endif
+
+// c[i * ldc + j] (+)= the tile's M tokens times a panel, over `pairs` pairs. x [pair][X_UNITS][M].
+template <int M>
+void stream(const float* x, const uint32_t* w, long pairs, float* c, long ldc, bool add) {
+    constexpr int chains = BF16_DOT || 4 * M > 2 * MAX_TILE ? 1 : 2;  // few tokens: more sums side by side, to hide the FMA's latency
+    vf acc[chains][M][2] = {};
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < 2; j++)
+            if (add) acc[0][i][j] = load<vf>(c + i * ldc + j * W);
+    for (long n = 0; n < pairs; n++, x += X_UNITS * M, w += PANEL) {
+        for (int j = 0; j < PANEL; j += 16) __builtin_prefetch(w + j + AHEAD, 0, 3);
+        const vu b0 = load<vu>(w), b1 = load<vu>(w + W);
+#if BF16_DOT
+#pragma GCC unroll 12
+        for (int i = 0; i < M; i++) {
+            uint32_t pair;
+            std::memcpy(&pair, x + i, 4);
+            acc[0][i][0] = dot_pairs(acc[0][i][0], b0, pair - vu{});
+            acc[0][i][1] = dot_pairs(acc[0][i][1], b1, pair - vu{});
+        }
+#else
+        const vf even0 = (vf)(b0 << 16), even1 = (vf)(b1 << 16), odd0 = (vf)(b0 & 0xFFFF0000u), odd1 = (vf)(b1 & 0xFFFF0000u);
+#pragma GCC unroll 12
+        for (int i = 0; i < M; i++) {
+            acc[0][i][0] += splat(x[i]) * even0;
+            acc[0][i][1] += splat(x[i]) * even1;
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < M; i++) {
+            acc[chains - 1][i][0] += splat(x[M + i]) * odd0;
+            acc[chains - 1][i][1] += splat(x[M + i]) * odd1;
+        }
+#endif
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < 2; j++) store(c + i * ldc + j * W, chains == 2 ? acc[0][i][j] + acc[chains - 1][i][j] : acc[0][i][j]);
+}
+
+using Stream = void (*)(const float*, const uint32_t*, long, float*, long, bool);
+template <int... I>
+Stream stream_of(long m, std::integer_sequence<int, I...>) {
+    static const Stream table[] = {stream<I + 1>...};
+    return table[m - 1];
+}
+
+// Pairs [from, to) of a tile's m rows x [m, k], interleaved: out[pair][X_UNITS][m].
+void interleave(const bf16* x, long k, long m, long from, long to, float* out) {
+    out += from * X_UNITS * m;
+    for (long n = from; n < to; n++, out += X_UNITS * m) {
+        const bool whole = 2 * n + 1 < k;
+        for (long i = 0; i < m; i++) {
+            const bf16* pair = x + i * k + 2 * n;
+#if BF16_DOT
+            const bf16 both[2] = {pair[0], whole ? pair[1] : bf16{0}};
+            std::memcpy(out + i, both, 4);
+#else
+            out[i] = widen(pair[0]);
+            out[m + i] = whole ? widen(pair[1]) : 0.0f;
 #endif
         }
     }
-};
-
-// Fetches the block of weights that comes next, in shares, while the FMA units work on the present one.
-struct Prefetch {
-    const bf16* w;
-    long k, row, rows, width, each;
-    Prefetch(const bf16* w, long k, long from, long to, long d, long shares)
-        : w(w + from * k + d), k(k), row(0), rows(d < k ? std::min<long>(PANEL, to - from) : 0), width(std::min(DEPTH, k - d)),
-          each(ceil_div(rows, shares)) {}
-    void share() {
-        for (long last = std::min(rows, row + each); row < last; row++)
-            for (long i = 0; i < width; i += 32) __builtin_prefetch(w + row * k + i, 0, 2);
-    }
-};
-
-// c[t * ldc + n - from] = x[t] . w[n] in fp32, for rows from <= n < to of w.
-void project(const bf16* w, long from, long to, const Activations& x, float* c, long ldc, float* panel) {
-    const long k = x.k;
-    if (!x.tiled) return dots<bf16>(w + from * k, k, to - from, x.row(0), x.padded, x.tokens, k, c, ldc);
-    Tiles tiles(x.tokens);
-    for (long d = 0; d < k; d += DEPTH) {
-        const long width = std::min(DEPTH, k - d), units = ceil_div(width, Weights::per_unit);
-        for (long n = from; n < to; n += PANEL) {
-            const bf16* rows[PANEL];
-            const int have = (int)std::min<long>(PANEL, to - n);
-            for (int r = 0; r < have; r++) rows[r] = w + (n + r) * k;
-            pack_panel<Weights>(rows, have, d, width, panel);
-            const bool last = n + PANEL >= to;
-            Prefetch next(w, k, last ? from : n + PANEL, to, last ? d + DEPTH : d, tiles.count);
-            for (long i = 0; i < tiles.count; i++) {
-                next.share();
-                const long first = tiles.at(i), m = tiles.at(i + 1) - first;
-                const float* a = x.tile(first) + d / Weights::per_unit * m;
-                micro_of<Weights>(m)(a, m, panel, units, c + first * ldc + n - from, ldc, d > 0);
-            }
-        }
-    }
 }
 
-// Rows of w that one task takes: enough for a long contiguous read, few enough that threads end together.
-long task_rows(long rows, long k, bool tiled) {
-    const long threads = omp_get_max_threads();
-    if (tiled) return std::clamp(rows / (PANEL * 4 * threads), 1L, 4L) * PANEL;
-    const long enough = ceil_div(128 * 1024, 2 * k);
-    return std::clamp(std::min(enough, rows / (threads * 8)) / 24 * 24, 24L, 4096L);
-}
-
-size_t panel_floats() { return (size_t)DEPTH * PANEL; }
-
-void linear(const bf16* w, const bf16* bias, const bf16* input, bf16* out, long tokens, long n, long k) {
-    Activations x(tokens, k, caller_scratch[0].get(Activations::floats(tokens, k)));
-    const long rows = task_rows(n, k, x.tiled), tasks = ceil_div(n, rows), ldc = ceil_div(rows, PANEL) * PANEL;
-    const bool split = x.tiled;
-    if (!split)
-        for (long i = 0; i < x.pieces(); i++) x.prepare(input, i);
+// y [T, N] = x [T, K] w^T + bias.
+void linear(const uint32_t* w, const bf16* bias, const bf16* input, bf16* out, long tokens, long n, long k) {
+    const Tiles tiles(tokens);
+    const long pairs = pairs_of(k), panels = ceil_div(n, PANEL), threads = omp_get_max_threads();
+    const long depth = tiles.count == 1 ? pairs : DEPTH;
+    float* x = caller_scratch[0].get(pairs * X_UNITS * tokens);
+    // A task is some panels: a long contiguous read, but enough tasks that all threads end together.
+    const long wish = ceil_div(256 * 1024, pairs * PANEL * 4), group = std::clamp(panels / (threads * 8), 1L, tiles.count == 1 ? wish : 4L);
+    const long pieces = ceil_div(pairs, 128);
+    const bool alone = pairs * tokens < 2048;  // too little to share out
+    if (alone)
+        for (long i = 0; i < tiles.count; i++)
+            interleave(input + tiles.at(i) * k, k, tiles.at(i + 1) - tiles.at(i), 0, pairs, x + tiles.at(i) * pairs * X_UNITS);
 #pragma omp parallel
     {
-        if (split) {
+        if (!alone) {
 #pragma omp for schedule(static)
-            for (long i = 0; i < x.pieces(); i++) x.prepare(input, i);
+            for (long p = 0; p < tiles.count * pieces; p++) {
+                const long i = p / pieces, from = p % pieces * 128;
+                interleave(input + tiles.at(i) * k, k, tiles.at(i + 1) - tiles.at(i), from, std::min(pairs, from + 128),
+                           x + tiles.at(i) * pairs * X_UNITS);
+            }
         }
-        float* c = own_scratch.get(tokens * ldc + panel_floats());
+        float* c = own_scratch.get(tokens * PANEL);
 #pragma omp for schedule(dynamic, 1) nowait
-        for (long task = 0; task < tasks; task++) {
-            const long from = task * rows, to = std::min(n, from + rows);
-            project(w, from, to, x, c, ldc, c + tokens * ldc);
-            for (long t = 0; t < tokens; t++) {
-                const float* ct = c + t * ldc;
-                bf16* o = out + t * n + from;
-                long i = 0;
-                for (; i + W <= to - from; i += W) {
-                    vf v = load<vf>(ct + i);
-                    if (bias) v += load_wide(bias + from + i);
-                    store_narrow(o + i, v);
+        for (long task = 0; task < ceil_div(panels, group); task++) {
+            for (long p = task * group; p < std::min(panels, (task + 1) * group); p++) {
+                const uint32_t* panel = w + p * pairs * PANEL;
+                for (long d = 0; d < pairs; d += depth) {
+                    for (long i = 0; i < tiles.count; i++) {
+                        const long first = tiles.at(i), m = tiles.at(i + 1) - first;
+                        const float* xs = x + (first * pairs + d * m) * X_UNITS;
+                        stream_of(m, std::make_integer_sequence<int, MAX_TILE>())(xs, panel + d * PANEL, std::min(depth, pairs - d),
+                                                                                 c + first * PANEL, PANEL, d > 0);
+                    }
                 }
-                for (; i < to - from; i++) o[i] = narrow_bf16(ct[i] + (bias ? widen(bias[from + i]) : 0.0f));
+                const long columns = std::min<long>(PANEL, n - p * PANEL);
+                for (long t = 0; t < tokens; t++) {
+                    float* ct = c + t * PANEL;
+                    if (bias)
+                        for (long j = 0; j < columns; j++) ct[j] += widen(bias[p * PANEL + j]);
+                    narrow_row(ct, out + t * n + p * PANEL, columns);
+                }
             }
         }
     }
