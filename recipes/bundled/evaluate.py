@@ -78,9 +78,8 @@ def report(samples: list[Sample], replies: list[list[int]], encoder: Encoder) ->
     }  # fmt: skip
 
 
-def evaluate(decode: Decode, encoder: Encoder, each: int) -> dict[str, Any]:
+def evaluate(decode: Decode, encoder: Encoder, samples: list[Sample]) -> dict[str, Any]:
     """The whole report, with the replies to a list of ordinary user messages."""
-    samples = problems(each)
     out = report(samples, decode([encoder.prompt(s) for s in samples]), encoder)
     heads = [encoder.tokenizer.encode(encoder.tokenizer.render_chat([{"role": "user", "content": p}]), add_special_tokens=False) for p in PROBES]
     out["probes"] = {p: encoder.tokenizer.decode(ids) for p, ids in zip(PROBES, decode(heads), strict=True)}
@@ -164,7 +163,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = evaluate(engine(args.folder, args.device), Encoder(args.folder), args.each)
+    result = evaluate(engine(args.folder, args.device), Encoder(args.folder), problems(args.each))
     print(table(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -47,14 +47,6 @@ def _work(job: tuple[int, Path, int, float]) -> int:
     return done
 
 
-def conversations(folder: Path, tokens: int, seconds: float, processes: int) -> int:
-    """Fills `folder` from all processes; returns the tokens made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(i, folder, -(-tokens // processes), time.time() + seconds) for i in range(processes)]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return sum(pool.imap_unordered(_work, jobs))
-
-
 def held_out(seed: str, count: int) -> list[Sample]:
     """Conversations whose last problem training never shows (closed sets have none)."""
     voice, found = Voice(seed), []
@@ -65,29 +57,44 @@ def held_out(seed: str, count: int) -> list[Sample]:
     return found
 
 
-def text(source: Path, encoder: Encoder) -> tuple[list[Document], list[Document]]:
+def pages(source: Path) -> tuple[list[Document], list[Document]]:
     """The real text as (training, held-out) documents, all of whose tokens are learned. A page starts after <|endoftext|>, and ends with it."""
+    encoder = Encoder()
     with gzip.open(source, "rt", encoding="utf-8") as f:
-        pages: list[str] = json.load(f)
-    train: list[Document] = []
-    valid: list[Document] = []
-    for page in pages:
+        texts: list[str] = json.load(f)
+    shown: list[Document] = []
+    kept: list[Document] = []
+    for page in texts:
         ids = [END_OF_TEXT, *encoder.ids(page), END_OF_TEXT]
-        chosen = valid if zlib.crc32(page.encode()) % TEXT_HELD_OUT == 0 else train
+        chosen = kept if zlib.crc32(page.encode()) % TEXT_HELD_OUT == 0 else shown
         chosen += [(ids[i : i + LONGEST], [1] * len(ids[i : i + LONGEST])) for i in range(0, len(ids), LONGEST)]
-    return train, valid
+    return shown, kept
+
+
+def _write_pages(folder: Path, source: Path) -> dict[str, int]:
+    torch.set_num_threads(1)
+    shown, kept = pages(source)
+    write_shard(folder / "train" / "text.safetensors", shown, repeat=TEXT_REPEAT)
+    write_shard(folder / "valid_text" / "text.safetensors", kept)
+    return {"text": sum(len(ids) for ids, _ in shown), "text held out": sum(len(ids) for ids, _ in kept)}
+
+
+def _write_held_out(folder: Path, count: int) -> None:
+    torch.set_num_threads(1)
+    write_shard(folder / "valid" / "talk.safetensors", Encoder().encode(held_out("valid", count)))
 
 
 def everything(folder: Path, tokens: int, seconds: float, processes: int, source: Path | None, valid: int = 4000) -> dict[str, int]:
-    """All three folders; returns how many tokens each kind has."""
-    encoder = Encoder()
-    counts = {"conversation": conversations(folder / "train", tokens, seconds, processes)}
-    write_shard(folder / "valid" / "talk.safetensors", encoder.encode(held_out("valid", valid)))
-    if source:
-        shown, kept = text(source, encoder)
-        write_shard(folder / "train" / "text.safetensors", shown, repeat=TEXT_REPEAT)
-        write_shard(folder / "valid_text" / "text.safetensors", kept)
-        counts |= {"text": sum(len(ids) for ids, _ in shown), "text held out": sum(len(ids) for ids, _ in kept)}
+    """All three folders, made side by side; returns how many tokens each kind has."""
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    jobs = [(i, folder / "train", -(-tokens // processes), time.time() + seconds) for i in range(processes)]
+    with multiprocessing.get_context("fork").Pool(processes + 2) as pool:
+        beside = [pool.apply_async(_write_pages, (folder, source))] if source else []
+        last = pool.apply_async(_write_held_out, (folder, valid))
+        counts = {"conversation": sum(pool.imap_unordered(_work, jobs))}
+        for job in beside:
+            counts |= job.get()
+        last.get()
     return counts
 
 

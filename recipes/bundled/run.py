@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from miniinfer.train.trainer import OPS, Run, TrainConfig, held_out_loss
 from miniinfer.utils import setup_logging
 
 PIECE = 15_000_000  # bytes
-RESERVE = 75.0  # seconds kept for saving and evaluating
+RESERVE = 70.0  # seconds kept for saving and evaluating
 
 
 def shape(folder: Path, small: bool) -> Path:
@@ -90,6 +91,8 @@ def main() -> None:
     summary: dict[str, Any] = {"torch": torch.__version__}
 
     work = Path(tempfile.mkdtemp(prefix="bundled-"))
+    aside = multiprocessing.get_context("fork").Pool(1)
+    problems = aside.apply_async(evaluate.problems, (args.each,))
     text = args.text if args.text.exists() else None
     counts = generate.everything(work / "data", args.generate_tokens, args.generate_seconds, os.cpu_count() or 1, text)
     summary |= {"tokens": counts, "generate_s": time.monotonic() - began}
@@ -103,7 +106,7 @@ def main() -> None:
     )  # fmt: skip
     run = Run(config)
     reserve = 20.0 if args.small else RESERVE
-    left = args.minutes * 60 - (time.monotonic() - began) - reserve
+    left = max(30.0, args.minutes * 60 - (time.monotonic() - began) - reserve)
     run.config = dataclasses.replace(config, minutes=left / 60)
     summary |= {"train_s": left, "parameters": run.model.config.num_parameters}
     summary |= {"device": torch.cuda.get_device_name() if gpu else "cpu"}
@@ -116,7 +119,7 @@ def main() -> None:
     steps: list[tuple[str, Any]] = [
         ("held_out_loss", lambda: held_out_loss(run.model, work / "data" / "valid", size)),
         ("held_out_text_loss", lambda: held_out_loss(run.model, work / "data" / "valid_text", size)),
-        ("eval", lambda: evaluate.evaluate(lambda prompts: evaluate.greedy(run.model, prompts), Encoder(), args.each)),
+        ("eval", lambda: evaluate.evaluate(lambda prompts: evaluate.greedy(run.model, prompts), Encoder(), problems.get())),
     ]
     for name, step in steps:  # whatever goes wrong here must not cost the weights
         try:
