@@ -39,7 +39,7 @@ log = get_logger(__name__)
 Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": text} and/or {"prompt_token_ids": ids}
 
 SHORT_TEXT = 4096  # characters; tokenizing up to so many takes about a millisecond, less than a thread's round trip is worth
-STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+STOP_SECONDS = 5.0  # from the end of its stdin to SIGKILL
 LONGEST_FOLDER = 60  # characters of the temporary directory; a socket's whole path must stay below 104 (macOS) or 108 (Linux)
 LAST_WORDS_SECONDS = 0.3  # how long the reader may still find a message of a process that has ended
 
@@ -167,8 +167,8 @@ class AsyncEngine:
         self._die(EngineDeadError("the engine was shut down"))
         process = self._process
         if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()  # its end is the worker's
             try:
                 await asyncio.wait_for(process.wait(), STOP_SECONDS)
             except TimeoutError:
@@ -179,8 +179,6 @@ class AsyncEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
         self._closing.close()
 
     @property

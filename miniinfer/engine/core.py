@@ -42,7 +42,10 @@ class EngineCore:
         self.config = config = resolve(config, shape, DeviceInfo(device.type, len(_cores())))
         if device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
-        ops = kernels.select(config.kernels, device.type)
+        try:
+            ops = kernels.select(config.kernels, device.type)
+        except RuntimeError as e:
+            raise ConfigError(str(e)) from e
         self.model = load_model(folder, shape, config, ops, device, progress)
         loaded = synchronize(device)
         self.runner = Runner(config, self.model, ops, device)

@@ -186,13 +186,15 @@ class Runner:
 
 
 def workspace_bytes(config: EngineConfig, shape: ModelConfig) -> int:
-    """An upper estimate of a step's temporaries: activations of the token budget, and logits with what sampling makes of them."""
+    """An upper estimate of a step's temporaries: activations of the token budget, partial results of split decode attention, and logits with
+    what sampling makes of them."""
     assert config.max_num_batched_tokens and config.max_num_seqs
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     wide = 3 * max(shape.intermediate_size, shape.experts_per_token * shape.expert_intermediate_size)
     activations = config.max_num_batched_tokens * (6 * shape.hidden_size + 2 * heads + wide) * 2
+    partial = config.max_num_seqs * shape.num_heads * max(4, 256 // shape.num_kv_heads) * (shape.head_dim + 2) * 4
     logits = max(config.max_num_seqs, LOGITS_CHUNK) * shape.vocab_size * 4
-    return activations + 8 * logits
+    return activations + partial + 8 * logits
 
 
 def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -> list[int]:

@@ -1,7 +1,7 @@
 """The engine process: an EngineCore behind two sockets. `python -m miniinfer.engine.worker`, started by client.py only.
 
 Owns the process's life and the message loop; the core decides everything else. Its start message (WorkerStart, JSON) comes on stdin, which
-then stays open: its end tells that the parent is gone, however it died. SIGINT is the parent's business; SIGTERM ends the process.
+then stays open: its end tells that the parent is gone, however it died. Signals are the parent's business.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class WorkerStart(msgspec.Struct):
 
 
 def main() -> int:
-    """Runs until the parent ends it. The exit status is 0 only for an end that the parent asked for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    """Runs until stdin ends or the engine fails; never returns otherwise."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager sends them to the whole group: the parent drains first
+        signal.signal(number, signal.SIG_IGN)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerStart)
     threading.Thread(target=_follow_parent, args=(start.folder,), daemon=True).start()
     setup_logging(start.log_level)
@@ -81,7 +81,7 @@ def run(config: EngineConfig, core: str, inbox: zmq.Socket[bytes], outbox: zmq.S
     except Exception as e:
         log.exception("the engine has failed")
         _send(outbox, Failed(f"{type(e).__name__}: {e}"))
-    finally:  # also for SystemExit, by SIGTERM
+    finally:
         with contextlib.suppress(Exception):  # a device that failed may fail again here
             engine.shutdown()
     return 1
@@ -123,10 +123,10 @@ def _send(outbox: zmq.Socket[bytes], message: Updates | Ready | Failed | Reply) 
 
 
 def _follow_parent(folder: str) -> None:
-    """Waits for the end of stdin. The parent closes it only by dying: it ends a worker that it no longer wants with a signal."""
+    """Waits for the end of stdin: the parent has died, or no longer wants this process, even if it is still loading. Nothing is to be saved."""
     os.read(sys.stdin.fileno(), 1)
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":
