@@ -15,7 +15,7 @@ struct Attention {
     const E *q, *k, *v;
     E* out;
     const int32_t *table, *rows, *start, *lengths;
-    long batch, table_width, heads, groups, size, dim;  // heads: query heads, groups: kv heads, size: tokens in a page
+    long batch, table_width, heads, groups, share, size, dim;  // heads: query heads, groups: kv heads, share: heads / groups, size: tokens of a page
     float scale;
     long window;
 
@@ -24,14 +24,12 @@ struct Attention {
     static constexpr int PANELS = 4;  // panels of rows that share a transposed block of keys
     static constexpr float NEVER = -1e30f;
 
-    long share() const { return heads / groups; }
     long spread() const { return ceil_div(dim, 2 * W) * 2 * W; }  // stored elements of a row in the order of load_half
-    const E* page(const E* cache, long b, long h, long key) const {
-        const long at = table[(long)rows[b] * table_width + key / size];
-        return cache + ((at * groups + h) * size + key % size) * dim;
+    const E* page(const E* cache, long b, long h, long index) const {  // the first key or value of page `index` of a sequence
+        return cache + ((long)table[rows[b] * table_width + index] * groups + h) * size * dim;
     }
-    const E* query(long b, long h, long row) const { return q + ((start[b] + row / share()) * heads + h * share() + row % share()) * dim; }
-    E* result(long b, long h, long row) const { return out + ((start[b] + row / share()) * heads + h * share() + row % share()) * dim; }
+    const E* query(long b, long h, long row) const { return q + ((start[b] + row / share) * heads + h * share + row % share) * dim; }
+    E* result(long b, long h, long row) const { return out + ((start[b] + row / share) * heads + h * share + row % share) * dim; }
 
     struct Task {
         int b, h, first, keep;  // first: key of a decode chunk or row of a prefill block; keep: where a decode chunk's partial result goes
@@ -43,49 +41,51 @@ struct Attention {
     long partial() const { return spread() + 2; }
 
     void decode(const Task& task, float* result, float* scratch) const {
-        const long b = task.b, h = task.h, n = start[b + 1] - start[b], m = n * share(), length = lengths[b];
+        const long b = task.b, h = task.h, n = start[b + 1] - start[b], m = n * share, length = lengths[b];
         const long seen = window ? std::max(0L, length - n - window + 1) : 0;
         const long lo = std::max<long>(task.first, seen), hi = std::min<long>(task.first + CHUNK, length);
         using X = typename Rows<E>::X;
         X* x = reinterpret_cast<X*>(scratch);
         float* p = scratch + FEW * spread();
         for (long r = 0; r < m; r++) Rows<E>::prepare(query(b, h, r), dim, x + r * spread());
-        for (long key = lo; key < hi;) {
-            const long have = std::min(size - key % size, hi - key);
-            fetch(k, b, h, key + have, hi);
-            dots<E>(page(k, b, h, key), dim, have, x, spread(), m, dim, p + key - task.first, CHUNK);
-            key += have;
-        }
+        each_page(k, b, h, lo, hi, [&](const E* keys, long key, long have, long ahead) {
+            dots<E>(keys, dim, have, x, spread(), m, dim, p + key - task.first, CHUNK, ahead);
+        });
         for (long r = 0; r < m; r++) {
             float* pr = p + r * CHUNK - task.first;
-            const long own = length - n + r / share(), from = window ? std::max(lo, own - window + 1) : lo, to = std::min(hi, own + 1);
+            const long own = length - n + r / share, from = window ? std::max(lo, own - window + 1) : lo, to = std::min(hi, own + 1);
             soften(pr, lo, from, std::max(from, to), hi, result + r * partial() + spread());
+            std::fill_n(result + r * partial(), spread(), 0.0f);
         }
-        for (long r = 0; r < m; r++) std::fill_n(result + r * partial(), spread(), 0.0f);
-        for (long key = lo; key < hi;) {
-            const long have = std::min(size - key % size, hi - key);
-            fetch(v, b, h, key + have, hi);
+        each_page(v, b, h, lo, hi, [&](const E* values, long key, long have, long ahead) {
             for (long r = 0; r < m; r += 2) {
-                if (r + 1 < m) weigh<2>(page(v, b, h, key), have, p + r * CHUNK + key - task.first, result + r * partial());
-                else weigh<1>(page(v, b, h, key), have, p + r * CHUNK + key - task.first, result + r * partial());
+                const float* pr = p + r * CHUNK + key - task.first;
+                if (r + 1 < m) weigh<2>(values, have, pr, result + r * partial(), r ? 0 : ahead);
+                else weigh<1>(values, have, pr, result + r * partial(), r ? 0 : ahead);
             }
-            key += have;
-        }
+        });
     }
 
-    void fetch(const E* cache, long b, long h, long key, long hi) const {
-        if (key >= hi) return;
-        const E* p = page(cache, b, h, key);
-        const long bytes = std::min(size, hi - key) * dim * sizeof(E);
-        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 2);
+    // f(first row, key, rows, elements from a row to the same row of the next page) for the pages that hold keys [lo, hi).
+    template <class F>
+    void each_page(const E* cache, long b, long h, long lo, long hi, F f) const {
+        const long last = (hi - 1) / size;
+        for (long i = lo / size; i <= last; i++) {
+            const E* at = page(cache, b, h, i);
+            const long first = std::max(lo, i * size), have = std::min(hi, (i + 1) * size) - first;
+            f(at + (first - i * size) * dim, first, have, i < last ? page(cache, b, h, i + 1) - at : 0);
+        }
     }
 
     // Turns scores p[from:to) into exp(scale (s - largest)), zero elsewhere in [lo, hi); tail[0] and tail[1] take the largest and the sum.
     void soften(float* p, long lo, long from, long to, long hi, float* tail) const {
-        float top = NEVER, total = 0;
-        for (long i = from; i < to; i++) top = std::max(top, p[i] * scale);
+        float total = 0;
+        vf tops = splat(NEVER), sums = {};
         long i = from;
-        vf sums = {};
+        for (; i + W <= to; i += W) tops = vmax(tops, load<vf>(p + i) * scale);
+        float top = largest(tops);
+        for (; i < to; i++) top = std::max(top, p[i] * scale);
+        i = from;
         for (; i + W <= to; i += W) {
             vf e = vexp(load<vf>(p + i) * scale - top);
             store(p + i, e);
@@ -98,35 +98,44 @@ struct Attention {
         tail[1] = total + sum(sums);
     }
 
-    // out[r] += sum over `have` keys of p[r][key] * values[key], in the order of load_half.
+    // out[r] += sum over `have` keys of p[r][key] * values[key], in the order of load_half. Fetches the rows `ahead` elements on.
     template <int M>
-    void weigh(const E* values, long have, const float* p, float* out) const {
-        for (long d = 0; d < dim; d += 2 * W) {
-            vf acc[M][2];
-            for (int r = 0; r < M; r++)
-                for (int half = 0; half < 2; half++) acc[r][half] = load<vf>(out + r * partial() + d + half * W);
-            const bool whole = d + 2 * W <= dim;
-            for (long i = 0; i < have; i++) {
-                const E* from = values + i * dim + d;
-                E padded[2 * W];
-                if (!whole) {
-                    std::memset(padded, 0, sizeof padded);
-                    std::memcpy(padded, from, (dim - d) * sizeof(E));
-                    from = padded;
-                }
-                vf a = load_half<0>(from), b = load_half<1>(from);
-                for (int r = 0; r < M; r++) {
-                    acc[r][0] += splat(p[r * CHUNK + i]) * a;
-                    acc[r][1] += splat(p[r * CHUNK + i]) * b;
-                }
+    void weigh(const E* values, long have, const float* p, float* out, long ahead) const {
+        long d = 0;
+        for (; d + 2 * W <= dim; d += 2 * W) weigh_columns<M>(values + d, dim, have, p, out + d, ahead);
+        if (d == dim) return;
+        for (long i = 0; i < have; i++) {  // the rest of a row, padded: reading on would leave the page
+            E padded[2 * W] = {};
+            std::memcpy(padded, values + i * dim + d, (dim - d) * sizeof(E));
+            weigh_columns<M>(padded, 0, 1, p + i, out + d, 0);
+        }
+    }
+    template <int M>
+    void weigh_columns(const E* values, long stride, long have, const float* p, float* out, long ahead) const {
+        vf even[M], odd[M];
+#pragma GCC unroll 4
+        for (int r = 0; r < M; r++) {
+            even[r] = load<vf>(out + r * partial());
+            odd[r] = load<vf>(out + r * partial() + W);
+        }
+        for (long i = 0; i < have; i++, values += stride) {
+            __builtin_prefetch(values + ahead, 0, 2);
+            const vf a = load_half<0>(values), b = load_half<1>(values);
+#pragma GCC unroll 4
+            for (int r = 0; r < M; r++) {
+                even[r] += splat(p[r * CHUNK + i]) * a;
+                odd[r] += splat(p[r * CHUNK + i]) * b;
             }
-            for (int r = 0; r < M; r++)
-                for (int half = 0; half < 2; half++) store(out + r * partial() + d + half * W, acc[r][half]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < M; r++) {
+            store(out + r * partial(), even[r]);
+            store(out + r * partial() + W, odd[r]);
         }
     }
 
     void combine(long b, long h, const float* parts, long chunks) const {
-        const long m = (start[b + 1] - start[b]) * share(), stride = FEW * partial();
+        const long m = (start[b + 1] - start[b]) * share, stride = FEW * partial();
         for (long r = 0; r < m; r++) {
             const float* part = parts + r * partial();
             float top = NEVER, total = 0;
@@ -151,7 +160,7 @@ struct Attention {
     size_t block_floats() const { return (2 * PANELS * dim + 2 * dim + PANEL) * (size_t)PANEL + 4 * PANELS * PANEL; }
 
     void prefill(const Task& task, float* scratch) const {
-        const long b = task.b, h = task.h, n = start[b + 1] - start[b], total = n * share(), length = lengths[b];
+        const long b = task.b, h = task.h, n = start[b + 1] - start[b], total = n * share, length = lengths[b];
         const long count = std::min<long>(total - task.first, PANELS * PANEL), panels = ceil_div(count, PANEL);
         float *qt = scratch, *sums = qt + PANELS * dim * PANEL, *kt = sums + PANELS * dim * PANEL, *values = kt + dim * PANEL;
         float *scores = values + dim * PANEL, *tops = scores + PANEL * PANEL, *totals = tops + PANELS * PANEL;
@@ -162,7 +171,7 @@ struct Attention {
             for (long r = 0; r < have; r++) from[r] = query(b, h, task.first + i * PANEL + r);
             pack_panel<false>(from, (int)have, dim, qt + i * dim * PANEL);
         }
-        for (long r = 0; r < panels * PANEL; r++) own[r] = (int32_t)(length - n + (task.first + std::min(r, count - 1)) / share());
+        for (long r = 0; r < panels * PANEL; r++) own[r] = (int32_t)(length - n + (task.first + std::min(r, count - 1)) / share);
         std::fill_n(sums, panels * dim * PANEL, 0.0f);
         std::fill_n(tops, panels * PANEL, NEVER);
         std::fill_n(totals, panels * PANEL, 0.0f);
@@ -171,8 +180,9 @@ struct Attention {
             const long keys = std::min<long>(PANEL, hi - key);
             const E* from[PANEL];
             for (long i = 0; i < keys; i++) {
-                from[i] = page(k, b, h, key + i);
-                widen_row(page(v, b, h, key + i), values + i * dim, dim);
+                const long index = (key + i) / size, row = (key + i - index * size) * dim;
+                from[i] = page(k, b, h, index) + row;
+                widen_row(page(v, b, h, index) + row, values + i * dim, dim);
             }
             pack_panel<false>(from, (int)keys, dim, kt);
             for (long i = 0; i < panels; i++) {
@@ -237,7 +247,7 @@ struct Attention {
         few.clear(), many.clear(), joins.clear();
         std::fill_n(out + start[batch] * heads * dim, (tokens - start[batch]) * heads * dim, narrow<E>(0));
         for (long b = 0; b < batch; b++) {
-            const long n = start[b + 1] - start[b], m = n * share();
+            const long n = start[b + 1] - start[b], m = n * share;
             if (n <= 0) continue;
             if (lengths[b] < n) {
                 std::fill_n(out + start[b] * heads * dim, n * heads * dim, narrow<E>(0));

@@ -267,8 +267,8 @@ void mi_paged_attention(int dtype, const void* q, const void* k, const void* v, 
                         long size, long dim, float scale, long window) {
     with_type(dtype, [&](auto e) {
         using E = decltype(e);
-        Attention<E>{(const E*)q, (const E*)k, (const E*)v, (E*)out, table, rows, start, lengths, batch, table_width, heads, groups, size,
-                     dim, scale, window}
+        Attention<E>{(const E*)q, (const E*)k, (const E*)v, (E*)out, table, rows, start, lengths, batch, table_width, heads, groups,
+                     heads / groups, size, dim, scale, window}
             .run(tokens);
     });
 }

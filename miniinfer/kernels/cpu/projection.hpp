@@ -89,16 +89,16 @@ struct Rows<bf16> {
 };
 #endif
 
-// R rows times M tokens: c[m * ldc + r] = w[r] . x[m]. Meanwhile fetches `lines` rows from `ahead` on, one line of each a step.
+// R rows times M tokens: c[m * ldc + r] = w[r] . x[m]. Meanwhile fetches `lines` rows from `next` on, one line of each a step.
 template <class E, int R, int M>
-void dot_tile(const E* w, long ldw, const typename Rows<E>::X* x, long ldx, long k, float* c, long ldc, const E* ahead, long lines) {
+void dot_tile(const E* w, long ldw, const typename Rows<E>::X* x, long ldx, long k, float* c, long ldc, const E* next, long lines) {
     constexpr int step = Rows<E>::step;
     vf acc[R][M] = {};
     const E* row[R];
     for (int r = 0; r < R; r++) row[r] = w + r * ldw;
     long full = k / step * step;
     for (long i = 0; i < full; i += step) {
-        for (long n = 0; n < lines; n++) __builtin_prefetch(ahead + n * ldw + i, 0, 2);
+        for (long n = 0; n < lines; n++) __builtin_prefetch(next + n * ldw + i, 0, 2);
         Rows<E>::template accumulate<R, M>(acc, row, x, ldx, i);
     }
     if (full < k) {
@@ -121,9 +121,9 @@ auto dot_tile_of(long m) {
 }
 
 // c[t * ldc + r] = w[r] . x[t] for any numbers of rows and tokens; groups of rows stay in the cache while the tokens pass over them, and
-// each pass fetches its share of the group that comes next.
+// each pass fetches its share of the rows `ahead` elements on (0: of the group that comes next).
 template <class E>
-void dots(const E* w, long ldw, long rows, const typename Rows<E>::X* x, long ldx, long tokens, long k, float* c, long ldc) {
+void dots(const E* w, long ldw, long rows, const typename Rows<E>::X* x, long ldx, long tokens, long k, float* c, long ldc, long ahead = 0) {
     constexpr int most = W == 16 ? 6 : 4;
     const long passes = ceil_div(tokens, 4);
     for (long r = 0; r < rows;) {
@@ -132,7 +132,7 @@ void dots(const E* w, long ldw, long rows, const typename Rows<E>::X* x, long ld
             const long t = p * tokens / passes, m = (p + 1) * tokens / passes - t;
             const long fetch = p * group / passes, lines = (p + 1) * group / passes - fetch;
             auto tile = group == most ? dot_tile_of<E, most>(m) : group == 4 ? dot_tile_of<E, 4>(m) : dot_tile_of<E, 1>(m);
-            tile(w + r * ldw, ldw, x + t * ldx, ldx, k, c + t * ldc + r, ldc, w + (r + group + fetch) * ldw, lines);
+            tile(w + r * ldw, ldw, x + t * ldx, ldx, k, c + t * ldc + r, ldc, w + (r + fetch) * ldw + (ahead ? ahead : group * ldw), lines);
         }
         r += group;
     }
@@ -306,6 +306,11 @@ Stream stream_of(long m, std::integer_sequence<int, I...>) {
 // Pairs [from, to) of a tile's m rows x [m, k], interleaved: out[pair][X_UNITS][m].
 void interleave(const bf16* x, long k, long m, long from, long to, float* out) {
     out += from * X_UNITS * m;
+    if (m == 1 && !BF16_DOT) {
+        widen_row(x + 2 * from, out, std::min(k, 2 * to) - 2 * from);
+        if (2 * to > k) out[k - 2 * from] = 0.0f;
+        return;
+    }
     for (long n = from; n < to; n++, out += X_UNITS * m) {
         const bool whole = 2 * n + 1 < k;
         for (long i = 0; i < m; i++) {
