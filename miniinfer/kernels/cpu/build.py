@@ -28,7 +28,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-m
 
 def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The compiled kernels, from the cache or fresh. `flags` are added to the compiler's. RuntimeError says what is missing and the mend."""
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None)
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "c++") if c and shutil.which(c)), None)
     if compiler is None:
         raise RuntimeError("no C++ compiler found; install g++ (apt install g++), or name one in CXX")
     flags = (*FLAGS, "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native", *flags)

@@ -1,6 +1,6 @@
 // The CPU kernels' C interface, called through ctypes by __init__.py, and the small operations.
 //
-// No header of torch or Python is used, so that any g++ or clang++ compiles this in seconds at first use. Meanings, shapes and letters are
+// No header of torch or Python is used, so that g++ (11 or later) compiles this in seconds at first use. Meanings, shapes and letters are
 // those of reference.py; results agree up to the order of fp32 sums. `dtype` is 0 for fp32 and 1 for bf16; strides are contiguous.
 
 #include "attention.hpp"
