@@ -160,10 +160,8 @@ def load_model(
     else:
         weights.load(model, folder, progress)
     model.eval().requires_grad_(False)
-    if ops.name == "cpu":
-        from miniinfer.kernels.cpu import pack_linear
-
-        model.pack(pack_linear)
+    if ops.pack_linear is not None:
+        model.pack(ops.pack_linear)
     return model
 
 

@@ -1,8 +1,8 @@
 """The op table: every operation of the engine by name, and which implementation of it runs.
 
-`reference` defines each op in plain torch; `triton` and `cpu` overlay some of the same names. A model reaches ops only through the
-table it is handed (`batch.ops`), so a test or a trainer can force one. An implementation asked for by name that cannot load raises;
-only "auto" falls back, and logs what it chose and why.
+`reference` defines each op in plain torch; `triton` and `cpu` overlay some of the same names, `onednn` the linear layers of a CPU that cannot
+have `cpu`. A model reaches ops only through the table it is handed (`batch.ops`), so a test or a trainer can force one. An implementation asked
+for by name that cannot load raises; only "auto" falls back, and logs what it chose and why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
-from miniinfer.kernels import reference
+from miniinfer.kernels import onednn, reference
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
@@ -35,14 +35,15 @@ class Ops:
     apply_penalties: Callable[..., Any]
     step_inputs: Callable[..., Any]
     copy_pages: Callable[..., Any]
+    pack_linear: Callable[..., Any] | None  # (weight [N, K], bias) -> (x -> y), called once per linear layer at load; None = F.linear
 
     @staticmethod
     def overlay(name: str, *modules: ModuleType) -> Ops:
         """The reference ops, replaced by those of the same name that a module defines; later modules win."""
-        table = {}
+        table: dict[str, Any] = {}
         for f in fields(Ops):
             if f.name != "name":
-                table[f.name] = next((getattr(m, f.name) for m in reversed(modules) if hasattr(m, f.name)), getattr(reference, f.name))
+                table[f.name] = next((getattr(m, f.name) for m in reversed(modules) if hasattr(m, f.name)), getattr(reference, f.name, None))
         return Ops(name=name, **table)
 
 
@@ -64,5 +65,5 @@ def select(kernels: str, device: str) -> Ops:
         if kernels != "auto":
             raise RuntimeError(f"kernels: {kernels} cannot be used here: {e}") from e
         log.warning("%s kernels cannot be used here (%s): plain torch instead, slower", wanted, e)
-        return REFERENCE
+        return Ops.overlay("torch", onednn) if device == "cpu" else REFERENCE
     return Ops.overlay(wanted, module)
