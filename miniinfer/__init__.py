@@ -1,5 +1,6 @@
 """The public names, loaded when first used: importing the package itself imports neither torch nor anything else of ours."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,11 @@ if TYPE_CHECKING:
     from miniinfer.engine.llm import LLM
 
 __version__ = "0.1.0"
+
+# The CPU kernels' threads meet after every operation, and by default spin there for milliseconds. Where a core is shared with another process
+# (the API, a client) that makes a step fifty times slower. OpenMP's runtime reads this when torch loads it; a user's own setting stands.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 __all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOMES = {
