@@ -311,12 +311,12 @@ class EngineConfig:
     load_format: str = opt("auto", "dummy makes random weights from config.json alone", ("auto", "dummy"))
     seed: int = opt(0, "seed of dummy weights and of requests that bring none")
     max_model_len: int | None = opt(None, "longest prompt plus output, in tokens (the model's own limit if not given)")
-    max_num_seqs: int | None = opt(None, "requests running at once (GPU 256, CPU 64)")
+    max_num_seqs: int | None = opt(None, "requests running at once (256)")
     max_num_batched_tokens: int | None = opt(None, "token budget of a step; longer prompts are computed in chunks (GPU 8192, CPU 512)")
     page_size: int | None = opt(None, "tokens in a KV page (GPU 64, CPU 16)")
     num_pages: int | None = opt(None, "KV pages; by default as many as fit in the memory granted")
     gpu_memory_utilization: float = opt(0.9, "share of a GPU's memory for weights, KV pages and workspace")
-    cpu_kv_gib: float = opt(2.0, "memory for KV pages on the CPU, GiB (fewer are made if max_num_seqs full contexts need less)")
+    cpu_kv_gib: float = opt(2.0, "most memory for KV pages on the CPU, GiB (taken as it is used)")
     enable_prefix_caching: bool = opt(True, "reuse the KV pages of equal prompt prefixes")
     enforce_eager: bool = opt(False, "capture no CUDA graphs")
     overlap: int | None = opt(None, "steps in flight while results are read: 0 or 1 (GPU 1, CPU 0)")
@@ -370,7 +370,7 @@ def resolve(config: EngineConfig, model: ModelConfig, device: DeviceInfo) -> Eng
     if limit > stretched:
         raise ConfigError(f"max_model_len: {limit} is more than the {stretched} positions the model was made for")
     budget = config.max_num_batched_tokens or (8192 if gpu else 512)
-    seqs = config.max_num_seqs or (256 if gpu else 64)
+    seqs = config.max_num_seqs or min(256, budget)
     if budget < seqs:
         raise ConfigError(f"max_num_batched_tokens: {budget} cannot hold one token for each of max_num_seqs={seqs} requests")
     return dataclasses.replace(

@@ -6,6 +6,7 @@ of requests, queues or the prefix tree. `launch` returns before a GPU is done; `
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ class Runner:
         caches: list[tuple[Tensor, Tensor]] = []
         for window in shape.windows:
             pages = self.num_pages[self.kinds.index(window)]
-            both = torch.zeros(2, pages, shape.num_kv_heads, page_size, shape.head_dim, dtype=dtype, device=self.device)
+            both = _zeros((2, pages, shape.num_kv_heads, page_size, shape.head_dim), dtype, self.device)
             caches.append((both[0], both[1]))
         return caches
 
@@ -235,6 +236,13 @@ def _share(budget: int, page_bytes: list[int], limits: list[int]) -> list[int]:
     capped = [min(even, limit) for limit in limits[1:]]  # full attention comes first in state_kinds
     rest = budget - sum(p * b for p, b in zip(capped, page_bytes[1:], strict=True))
     return [rest // page_bytes[0], *capped]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on the CPU take memory only once they are written to (calloc, which torch.zeros does not use)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def synchronize(device: torch.device) -> float:
