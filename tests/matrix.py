@@ -30,7 +30,8 @@ class Feature:
     cached: bool = False  # run an earlier request that shares its prefix first
     preempted: bool = False  # and prove that a preemption happened
     priorities: bool = False
-    gpu: bool = False
+    gpu: bool = False  # on GPUs only
+    cpu: bool = False  # on CPUs only
 
 
 FEATURES = [
@@ -52,13 +53,14 @@ FEATURES = [
     Feature("stop token ids", params={"stop_token_ids": [3, 11, 50]}),
     Feature("logprobs", params={"logprobs": 3}),
     Feature("prompt logprobs", params={"prompt_logprobs": 2}),
+    Feature("compiled CPU kernels", options={"kernels": "cpu"}, cpu=True),
     Feature("CUDA graphs", options={"enforce_eager": False}, gpu=True),
 ]
 
 
 def pairs(gpu: bool) -> list[tuple[Feature, Feature]]:
     """Every pair that can hold together (two shapes cannot), each feature alone included."""
-    usable = [f for f in FEATURES if gpu or not f.gpu]
+    usable = [f for f in FEATURES if not (f.cpu if gpu else f.gpu)]
     return [(a, b) for a, b in combinations_with_replacement(usable, 2) if not (a.shape and b.shape and a is not b) and not _exclusive(a, b)]
 
 
@@ -136,7 +138,7 @@ def _compare(got: Got, expected: Got, wanted: Wanted) -> None:
 def render(checked: set[tuple[str, str]]) -> str:
     """docs/matrix.md from the pairs that were checked."""
     names = [f.name for f in FEATURES]
-    gpu = {f.name for f in FEATURES if f.gpu}
+    gpu, cpu = {f.name for f in FEATURES if f.gpu}, {f.name for f in FEATURES if f.cpu}
     lines = [
         "# Which features hold together",
         "",
@@ -151,6 +153,7 @@ def render(checked: set[tuple[str, str]]) -> str:
     for i, a in enumerate(names):
         cells = []
         for b in names[: i + 1]:
-            cells.append("yes" if (b, a) in checked else "GPU" if a in gpu or b in gpu else "-")
+            device = "GPU" if a in gpu or b in gpu else "-"
+            cells.append("yes" if (b, a) in checked else "-" if {a, b} & cpu and {a, b} & gpu else device)
         lines.append(f"| {i + 1} {a} | " + " | ".join(cells + [""] * (len(names) - i - 1)) + " |")
     return "\n".join(lines) + "\n"

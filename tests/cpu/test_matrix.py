@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 from matrix import Feature, check_pair, pairs, render
 
+from miniinfer.kernels import select
+
 MATRIX = Path(__file__).parents[2] / "docs" / "matrix.md"
 
 
 @pytest.mark.parametrize(("a", "b"), pairs(gpu=False), ids=lambda f: f.name)
 def test_pair(a: Feature, b: Feature, tmp_path: Path) -> None:
+    if a.cpu or b.cpu:
+        try:
+            select("cpu", "cpu")
+        except RuntimeError as e:
+            pytest.skip(str(e))
     check_pair(a, b, tmp_path)
 
 
