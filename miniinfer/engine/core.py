@@ -107,7 +107,7 @@ class EngineCore:
     def step(self) -> list[SequenceUpdate]:
         """One turn: plan and launch the next step, then apply the results that are due."""
         pending, self.pending = self.pending, None
-        plan = self.scheduler.schedule(self.clock())
+        plan = self.scheduler.schedule()
         if plan is not None:
             self.pending = self.runner.launch(plan)
         updates = self._apply(pending) if pending is not None else []

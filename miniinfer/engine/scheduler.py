@@ -168,7 +168,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------- planning
 
-    def schedule(self, now: float) -> StepPlan | None:
+    def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now (no work, or all of it waits for results in flight)."""
         plan = StepPlan(self._steps, [], [], [], [], [], [], [])
         preemptions = self._counts["preemptions"]

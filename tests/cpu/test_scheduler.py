@@ -34,7 +34,7 @@ def result(plan: StepPlan, token: int = 9) -> StepResult:
 
 
 def step(scheduler: Scheduler, token: int = 9) -> tuple[StepPlan, list[SequenceUpdate]]:
-    plan = scheduler.schedule(0.0)
+    plan = scheduler.schedule()
     assert plan is not None
     updates = scheduler.apply(plan, result(plan, token))
     scheduler.check()
@@ -74,7 +74,7 @@ def test_a_request_from_prompt_to_end() -> None:
     plan, updates = step(scheduler)
     assert (plan.starts, plan.counts) == ([11], [1])
     assert updates == [SequenceUpdate("a", [9], "length")]
-    assert not scheduler.has_work and scheduler.schedule(0.0) is None
+    assert not scheduler.has_work and scheduler.schedule() is None
     assert scheduler.num_free_pages == 100
     stats = scheduler.stats()
     assert (stats["prompt_tokens"], stats["generated_tokens"], stats["finished"], stats["kv_usage"]) == (11, 2, 1, 0)
@@ -104,7 +104,7 @@ def test_stop_rules(params: dict, sampled: int, reason: str | None, stop: int | 
 def test_several_tokens_a_step_end_at_the_first_stop() -> None:
     scheduler = make()
     add(scheduler, "a", [1, 2])
-    plan = scheduler.schedule(0.0)
+    plan = scheduler.schedule()
     assert plan is not None
     (update,) = scheduler.apply(plan, StepResult(plan.step, [[7, EOS, 8]]))
     assert (update.token_ids, update.finish_reason) == ([7, EOS], "stop")
@@ -197,27 +197,27 @@ def test_abort_frees_at_once_whatever_the_state() -> None:
     scheduler = make(seqs=1)
     add(scheduler, "running", prompt(0, 8))
     add(scheduler, "waiting", prompt(20, 8))
-    plan = scheduler.schedule(0.0)
+    plan = scheduler.schedule()
     assert plan is not None
     updates = scheduler.abort(["waiting", "running", "nobody"])
     assert [(u.id, u.finish_reason) for u in updates] == [("waiting", "abort"), ("running", "abort")]
     scheduler.check()
     assert not scheduler.has_work and scheduler.num_free_pages == 100
     assert scheduler.apply(plan, result(plan)) == []  # too late
-    assert scheduler.schedule(0.0) is None
+    assert scheduler.schedule() is None
 
 
 def test_overlap_plans_the_next_token_before_the_last_is_known() -> None:
     scheduler = make()
     add(scheduler, "a", prompt(0, 3), max_tokens=3)
-    first = scheduler.schedule(0.0)
-    second = scheduler.schedule(0.0)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
     assert first is not None and second is not None
     assert (second.starts, second.counts, second.samples) == ([3], [1], [True])
     assert scheduler.apply(first, result(first)) == [SequenceUpdate("a", [9])]
-    third = scheduler.schedule(0.0)
+    third = scheduler.schedule()
     assert third is not None and third.starts == [4]
-    assert scheduler.schedule(0.0) is None  # the last token is in flight
+    assert scheduler.schedule() is None  # the last token is in flight
     scheduler.apply(second, result(second))
     assert scheduler.apply(third, result(third))[0].finish_reason == "length"
 
@@ -225,11 +225,11 @@ def test_overlap_plans_the_next_token_before_the_last_is_known() -> None:
 def test_a_late_result_of_a_stopped_request_is_dropped() -> None:
     scheduler = make()
     add(scheduler, "a", prompt(1, 3))
-    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    first, second = scheduler.schedule(), scheduler.schedule()
     assert first is not None and second is not None
     assert scheduler.apply(first, result(first, EOS))[0].finish_reason == "stop"
     add(scheduler, "b", prompt(50, 3))
-    third = scheduler.schedule(0.0)
+    third = scheduler.schedule()
     assert third is not None and third.rows == [0]  # the row has a new owner
     assert scheduler.apply(second, result(second, 77)) == []
     assert scheduler.apply(third, result(third)) == [SequenceUpdate("b", [9])]
@@ -243,7 +243,7 @@ def test_a_token_in_flight_at_preemption_still_counts() -> None:
     pending: StepPlan | None = None
     in_flight, tokens = 0, {"old": 0, "young": 0}
     while scheduler.has_work:
-        plan = scheduler.schedule(0.0)
+        plan = scheduler.schedule()
         scheduler.check()
         if young.preemptions and young.row < 0:
             in_flight = max(in_flight, young.in_flight)
@@ -300,14 +300,14 @@ def test_logprobs_as_many_as_each_row_wants() -> None:
     scheduler = make()
     for name, wanted in (("a", None), ("b", 0), ("c", 2)):
         add(scheduler, name, [ord(name)], logprobs=wanted)
-    plan = scheduler.schedule(0.0)
+    plan = scheduler.schedule()
     assert plan is not None and plan.logprobs == 2
     found = [[TokenLogprobs([9, 1, 2], [-1.0, -0.5, -0.7], [3, 1, 2])]] * 3
     updates = scheduler.apply(plan, StepResult(plan.step, [[9]] * 3, logprobs=found))
     assert [u.logprobs for u in updates] == [None, [TokenLogprobs([9], [-1.0], [3])], found[2]]
     add(scheduler, "d", [1])
     scheduler.abort(["b", "c"])
-    plan = scheduler.schedule(0.0)
+    plan = scheduler.schedule()
     assert plan is not None and plan.logprobs == -1
 
 
@@ -318,7 +318,7 @@ def test_prompt_logprobs_are_gathered_over_chunks() -> None:
     add(scheduler, "a", prompt(0, 9), prompt_logprobs=1)
     chunks, updates = [], []
     while not updates:
-        plan = scheduler.schedule(0.0)
+        plan = scheduler.schedule()
         assert plan is not None
         at = {0: [TokenLogprobs([p + 1], [0.0], [1]) for p in range(plan.starts[0], plan.starts[0] + plan.counts[0])]}
         chunks.append((plan.starts[0], plan.prompt_logprobs))
@@ -360,7 +360,7 @@ def test_a_step_of_256_decodes_costs_little() -> None:
     best = 1.0
     for _ in range(40):
         begin = time.perf_counter()
-        plan = scheduler.schedule(0.0)
+        plan = scheduler.schedule()
         assert plan is not None and len(plan.rows) == 256
         scheduler.apply(plan, result(plan))
         best = min(best, time.perf_counter() - begin)

@@ -224,7 +224,7 @@ class Run:
 
     def step(self) -> None:
         """One turn of the loop in engine/core.py: at depth 1 the next plan is made and executed before a result is applied."""
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule()
         assert plan is not None or self.pending or not self.scheduler.has_work, "stalled with work to do"
         if plan is not None:
             assert plan.num_tokens <= self.budget and plan.rows
