@@ -1,7 +1,7 @@
 """The scheduler: which requests compute how many tokens in the next step, and what becomes of a step's results.
 
 Owns requests from Add to their end: the queue, device rows, stop rules. Plain Python over plain data: time is passed in, pages are
-cache/manager.py's, and nobody here knows of devices. `plan = schedule(now)`; the plan is executed; `updates = apply(plan, result)`.
+cache/manager.py's, and nobody here knows of devices. `plan = schedule()`; the plan is executed; `updates = apply(plan, result)`.
 
 Contract with the loop: every plan is executed, in the order made; results are applied in the same order, each at most one plan late (depth 1).
 There is no prefill and no decode: a request has `computed` and `total` tokens, and a step moves `computed` towards `total`.
