@@ -17,6 +17,8 @@ ASSETS = ROOT / "miniinfer" / "assets" / "bundled"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2  # ids: the tokenizer is made with the specials first
 
+REMEMBERED = 100_000  # pieces: made-up words would fill the memory of many processes
+
 _SPECIAL = re.compile("(" + "|".join(re.escape(name) for name in SPECIALS) + ")")
 # make_tokenizer.PIECES for text that is ASCII only
 _ASCII_PIECE = re.compile(r"'(?:[sdmt]|ll|ve|re)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]| ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -59,7 +61,9 @@ class Encoder:
             for piece in _ASCII_PIECE.findall(segment):
                 ids = self._pieces.get(piece)
                 if ids is None:
-                    ids = self._pieces[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
+                    ids = self.tokenizer.encode(piece, add_special_tokens=False)
+                    if len(self._pieces) < REMEMBERED:
+                        self._pieces[piece] = ids
                 out += ids
         return out
 

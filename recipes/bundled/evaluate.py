@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import first_minute
 import mix
 from chat import ASSETS, END_OF_TEXT, IM_END, Encoder
 from sample import Sample, Voice
@@ -81,8 +82,9 @@ def report(samples: list[Sample], replies: list[list[int]], encoder: Encoder) ->
 def evaluate(decode: Decode, encoder: Encoder, samples: list[Sample]) -> dict[str, Any]:
     """The whole report, with the replies to a list of ordinary user messages."""
     out = report(samples, decode([encoder.prompt(s) for s in samples]), encoder)
-    heads = [encoder.tokenizer.encode(encoder.tokenizer.render_chat([{"role": "user", "content": p}]), add_special_tokens=False) for p in PROBES]
-    out["probes"] = {p: encoder.tokenizer.decode(ids) for p, ids in zip(PROBES, decode(heads), strict=True)}
+    asked = (*PROBES, *first_minute.PROBES)
+    heads = [encoder.tokenizer.encode(encoder.tokenizer.render_chat([{"role": "user", "content": p}]), add_special_tokens=False) for p in asked]
+    out["probes"] = {p: encoder.tokenizer.decode(ids) for p, ids in zip(asked, decode(heads), strict=True)}
     return out
 
 

@@ -1,8 +1,9 @@
 """Collects the real text: CPython's library sources and documentation, both under the PSF licence.
 
-usage: prepare_text.py [--docs FOLDER] [--out FILE]
+usage: prepare_text.py [--docs FOLDER] [--out FILE] [--words FILE]
 FOLDER holds the documentation's reStructuredText, for instance /usr/share/doc/python3.11/html/_sources of Debian's package python3.11-doc.
-Writes one JSON list of documents (gzip). Tests, third-party folders and machine-made tables are left out.
+Writes one JSON list of documents (gzip); with --words also the common words, the repository's words.txt.
+Tests, third-party folders and machine-made tables are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import gzip
 import json
 import re
 import sysconfig
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 SKIP = set("site-packages dist-packages test tests idlelib lib2to3 pydoc_data __pycache__ encodings turtledemo ensurepip".split())
@@ -42,11 +45,28 @@ def documentation(folder: Path) -> list[str]:
     return out
 
 
+# a lower-case word of running text, not a part of a name, a path or markup
+_WORD = re.compile(r"(?<![\w.`:/_'\"\-*@%\\<])[a-z]{3,12}(?![\w`:/_(\-='\"*@]|\.\w)")
+_UNFIT = {"sex", "suck", "sucks", "crap", "damn", "hell"}
+
+
+def common_words(documents: list[str]) -> list[str]:
+    """Words with a vowel that occur at least eight times, in at least six documents; sorted."""
+    times: Counter[str] = Counter()
+    places: Counter[str] = Counter()
+    for text in documents:
+        words = _WORD.findall(text)
+        times.update(words)
+        places.update(set(words))
+    return sorted(w for w in times if times[w] >= 8 and places[w] >= 6 and re.search("[aeiouy]", w) and w not in _UNFIT)
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, help="folder of the documentation's sources")
     parser.add_argument("--out", type=Path, default=Path(".data/text.json.gz"))
+    parser.add_argument("--words", type=Path, help="also write the common words")
     args = parser.parse_args()
     documents = sources(Path(sysconfig.get_paths()["stdlib"]))
     print(f"{len(documents)} modules, {sum(map(len, documents)) / 1e6:.1f} M characters")
@@ -57,6 +77,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(args.out, "wt", encoding="utf-8") as f:
         json.dump(documents, f, ensure_ascii=False)
+    if args.words:
+        args.words.write_text(textwrap.fill(" ".join(common_words(documents)), 150) + "\n", encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 

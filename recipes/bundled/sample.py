@@ -12,13 +12,15 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
-from tables import WORDS
+from tables import ONES, ORDINALS, TENS, WORDS
 
 T = TypeVar("T")
 Message = dict[str, Any]
 HELD_OUT_SHARE = 32  # one key in so many is kept out of training
+VOCABULARY = (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split()  # 4,400 words of CPython's documentation
 
 
 @dataclass(slots=True)
@@ -79,6 +81,8 @@ _QUESTION_BEFORE = (
 )  # fmt: skip
 _PLEASE_AFTER = (", please", " please", " for me", " for me, please", "", "")
 _THANKS = (" Thanks!", " Thank you!", " Thanks.", " thanks")
+_LITERAL = re.compile(r"(?<![{\w'\"])[a-z]{4,}(?![}\w'\"])")  # a template's own word, not a slot and not quoted
+_EXACT = {*ORDINALS, *ONES, *TENS, "hundred", "thousand", "last"}  # a letter changed here may make another question
 
 
 @cache
@@ -90,6 +94,17 @@ def _parse(template: str) -> tuple[tuple[str, ...], ...]:
         parts += [(template[at : m.start()],), tuple(m.group(1).split("|"))]
         at = m.end()
     return (*parts, (template[at:],))
+
+
+def _mistyped(text: str, chance: random.Random) -> str:
+    """The template with one letter of one of its words missing, doubled or swapped with the next."""
+    places = [m for m in _LITERAL.finditer(text) if m.group() not in _EXACT]
+    if not places:
+        return text
+    start, end = chance.choice(places).span()
+    at = chance.randrange(start + 1, end - 1)
+    wrong, rest = chance.choice((("", 1), (text[at] * 2, 1), (text[at + 1] + text[at], 2)))
+    return text[:at] + wrong + text[at + rest :]
 
 
 class Voice:
@@ -120,6 +135,8 @@ class Voice:
         """A user's wording. "!do this" marks a request, which may be wrapped in politeness; else a question or a statement, kept as it is."""
         template = self.pick(templates)
         text = "".join(p[0] if len(p) == 1 else self.pick(p) for p in _parse(template))
+        if self.random.random() < 0.04:
+            text = _mistyped(text, self.random)
         roll = self.random.random()
         open_end = text.endswith("}")  # the user's own words come last: nothing may follow that could be taken for one of them
         if text.startswith("!"):
@@ -137,8 +154,10 @@ class Voice:
             text = text[:-1].rstrip()
         if self.random.random() < 0.8:
             text = text[0].upper() + text[1:]
-        elif self.random.random() < 0.5:
+        elif self.random.random() < 0.6:
             text = text.lower()  # slot names are lower case, values come later
+            if not open_end and self.random.random() < 0.6:
+                text = text.rstrip(" .?!") or text
         if text[-1] in ".?!" and not open_end and self.random.random() < 0.06:
             text += self.pick(_THANKS)
         return text.format(**slots) if slots else text
@@ -149,14 +168,26 @@ class Voice:
         messages = [*history, {"role": "user", "content": user}, {"role": "assistant", "content": self.pick(accept)}]
         return Sample(task, messages, Check("exact", accept), key)
 
+    def plain_word(self) -> str:
+        """A word of the tables or of CPython's documentation."""
+        return self.pick(WORDS if self.chance(0.5) else VOCABULARY)
+
     def word(self) -> str:
-        """Mostly a word of the table, else a made-up one that can be pronounced."""
+        """Mostly a real word, else one that can be pronounced, two words in one, or random letters: copying must not depend on knowing the word."""
         roll = self.random.random()
-        if roll < 0.65:
-            return self.pick(WORDS)
-        count = 2 if roll < 0.85 else 3
-        made = "".join(self.pick("bcdfghjklmnprstvwz") + self.pick("aeiou") + (self.pick("lmnrst") if self.chance(0.3) else "") for _ in range(count))
-        return made[:8]
+        if roll < 0.62:
+            return self.plain_word()
+        if roll < 0.82:
+            return self.made_up(2 if roll < 0.74 else 3)
+        if roll < 0.90:
+            return (self.plain_word() + self.plain_word())[:12]
+        return "".join(self.pick("abcdefghijklmnopqrstuvwxyz") for _ in range(self.int(3, 8)))
+
+    def made_up(self, syllables: int) -> str:
+        """A word that can be pronounced and probably does not exist, of up to ten letters."""
+        starts = ("b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "st", "br", "tr", "fl", "ch", "sh", "th")
+        ends = ("", "", "", "", "l", "m", "n", "r", "s", "t", "ll", "ss", "rr", "ck")
+        return "".join(self.pick(starts) + self.pick("aeiou") + self.pick(ends) for _ in range(syllables))[:10]
 
     def quoted(self, word: str) -> str:
         """The word as a user writes it: bare or in quotes."""

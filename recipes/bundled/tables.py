@@ -42,6 +42,24 @@ WORDS = (
 ).split()
 WORDS = list(dict.fromkeys(WORDS))
 
+CHARACTERS = (  # who or what a story may be about, and nouns for other questions
+    "dragon princess prince knight wizard witch king queen pirate robot astronaut detective ghost vampire werewolf unicorn mermaid fairy elf dwarf "
+    "giant troll goblin ogre monster alien zombie ninja samurai cowboy sailor captain farmer baker teacher doctor nurse pilot fisherman hunter thief "
+    "spy scientist inventor painter musician dancer singer clown magician gardener shepherd blacksmith carpenter tailor miner soldier general boy "
+    "girl man woman child baby grandmother grandfather brother sister twin hero villain stranger traveler hermit monk student snowman scarecrow "
+    "puppet teddy doll toy balloon kite bicycle train truck boat ship submarine rocket spaceship satellite lighthouse windmill castle tower bridge "
+    "cottage teapot teacup lantern candle mirror clock pumpkin potato carrot cabbage acorn mushroom sunflower rose tulip cactus willow oak pebble "
+    "snowflake raindrop cloud rainbow star comet planet moonbeam shadow volcano iceberg puddle pencil crayon paintbrush notebook dictionary umbrella "
+    "suitcase backpack button zipper sock mitten slipper spoon fork kettle toaster fridge lamp pillow blanket cookie cupcake pancake waffle donut "
+    "lollipop pretzel pickle noodle sandwich muffin biscuit kangaroo koala panda platypus hippo rhino crocodile alligator lizard gecko chameleon "
+    "iguana dinosaur mammoth seal walrus otter beaver badger raccoon skunk hamster gerbil ferret weasel moose reindeer llama alpaca donkey mule pony "
+    "bison buffalo antelope gazelle leopard cheetah panther jaguar lynx hyena jackal coyote raven crow sparrow robin swallow pigeon seagull pelican "
+    "flamingo peacock ostrich turkey goose swan rooster hen chick octopus squid jellyfish starfish crab lobster shrimp salmon trout goldfish "
+    "seahorse snail slug worm beetle ladybug cricket grasshopper dragonfly moth firefly mosquito wasp caterpillar centipede scorpion programmer "
+    "compiler computer keyboard transistor laptop telescope microscope compass treasure necklace crown chipmunk porcupine sloth gorilla chimpanzee "
+    "baboon lemur phoenix griffin centaur cyclops yeti sphinx golem banshee leprechaun gnome"
+).split()
+
 ANIMALS = (
     "dog cat horse cow sheep goat pig rabbit mouse tiger lion bear wolf fox deer monkey elephant giraffe zebra camel frog turtle dolphin whale "
     "eagle owl parrot penguin duck squirrel hedgehog"

@@ -124,7 +124,6 @@ SMALL_TALK: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             "okay[.|!|]",
             "alright[.|]",
             "I see[.|]",
-            "sure[.|]",
             "cool[.|!|]",
             "fine[.|]",
             "got it[.|!|]",
@@ -182,7 +181,6 @@ SMALL_TALK: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             "which model are you[?|]",
             "what is this model[?|]",
             "what kind of model are you[?|]",
-            "are you [ChatGPT|GPT-4|Claude|Gemini|Llama|Qwen|Siri|Alexa][?|]",
             "what is this[?|]",
             "who am I talking to[?|]",
             "what AI are you[?|]",
@@ -408,10 +406,10 @@ SMALL_TALK: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ),
     (
         (
-            "I am [sad|tired|bored|angry|lonely|unhappy][.|]",
+            "I am [sad|tired|angry|lonely|unhappy][.|]",
             "I feel [sad|bad|tired|lonely|sick|terrible][.|]",
             "I had a bad day[.|]",
-            "I'm [sad|bored|tired|lonely|not feeling well][.|]",
+            "I'm [sad|tired|lonely|not feeling well][.|]",
             "today was a bad day[.|]",
         ),
         ("I am sorry to hear that. I hope that your day gets better.",),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import first_minute
 import talk
 from sample import Check, Generator, Message, Sample, Voice
 from tables import (
     ANIMALS,
+    CHARACTERS,
     CITIES,
     COLOR_OF,
     COLORS,
@@ -29,7 +31,6 @@ from tables import (
     SOUNDS,
     SPORTS,
     SYMBOLS,
-    WORDS,
     YOUNG,
 )
 
@@ -40,7 +41,9 @@ def _entry(v: Voice, task: str, table: Sequence[tuple[tuple[str, ...], tuple[str
 
 
 def small_talk(v: Voice) -> Sample:
-    return _entry(v, "small_talk", talk.SMALL_TALK)
+    roll = v.random.random()
+    table = talk.SMALL_TALK if roll < 0.45 else first_minute.SELF if roll < 0.75 else first_minute.OTHERS
+    return _entry(v, "small_talk", table)
 
 
 def knowledge(v: Voice) -> Sample:
@@ -253,56 +256,77 @@ _ENDS = (
 )
 
 
+_TOPICS_OF_STORIES = (
+    "love,space,the sea,friendship,the future,magic,winter,a lost key,the moon,time travel,courage,music,Christmas,a journey,school,summer,dreams,"
+    "the forest,a small village,two friends,treasure,the night,a rainy day,the stars,the desert,hope"
+).split(",")
+_FREE_STORY = (
+    "!tell me a [short |]story", "!write a [short |little |]story", "!write me a [short |]story", "!tell a story", "!tell me a bedtime story",
+    "story please", "I want to hear a story.", "!tell me something like a fairy tale", "!make up a story", "a story please",
+)  # fmt: skip
+_STORY = (
+    "!tell me a [short |bedtime |little |]story about {x}", "!write a [short |very short |]story about {x}", "!write me a [short |]story about {x}",
+    "!write a story with {x}", "!make up a story about {x}", "!tell a story about {x}", "Do you know a story about {x}?", "story about {x}",
+    "a [short |]story about {x}", "I want a story about {x}", "!write a [fairy tale|tale] about {x}", "!generate a short story about {x}",
+)  # fmt: skip
+_NAMED_STORY = (
+    "!tell me a [short |]story about {x} [called|named] {n}", "!write a [short |]story about {n} the {a}", "!write a story about {x} called {n}",
+    "!tell me about {n} the {a}", "!write a [short |]story about {x} whose name is {n}", "!tell me a story about {n}, {x}",
+)  # fmt: skip
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _hero(v: Voice) -> str:
+    """Whoever the user asks for: mostly no word of a table of heroes, so that the story takes it from the question."""
+    roll = v.random.random()
+    if roll < 0.45:
+        return v.pick(CHARACTERS if v.chance(0.8) else ANIMALS)
+    if roll < 0.65:
+        return v.plain_word()
+    if roll < 0.92:
+        return v.made_up(v.int(2, 3))
+    return f"{v.plain_word()} {v.pick(CHARACTERS)}"
+
+
 def story(v: Voice) -> Sample:
-    hero, animal = v.pick(NAMES), v.pick(ANIMALS)
-    form = v.int(0, 3)
+    """A story whose hero is the one asked for. The problem's identity is the hero."""
+    hero = v.pick(NAMES) if v.chance(0.75) else v.made_up(v.int(2, 3)).capitalize()
+    trait = v.pick(_TRAITS)
+    who, other, topic, must = _hero(v), "", "", ()
+    form = v.pick((0, 1, 1, 1, 1, 2, 2, 3, 4, 5))
     if form == 0:
-        ask = v.ask(
-            (
-                "!tell me a [short |]story",
-                "!write a [short |little |]story",
-                "!write me a [short |]story",
-                "!tell a story",
-                "!tell me a bedtime story",
-                "story please",
-                "I want to hear a story.",
-            )
-        )
-        must: tuple[str, ...] = ("once upon a time",)
+        who = v.pick(ANIMALS)
+        ask = v.ask(_FREE_STORY)
     elif form == 1:
-        ask = v.ask(
-            (
-                "!tell me a [short |]story about {r} {a}",
-                "!write a [short |]story about {r} {a}",
-                "!write a story with {r} {a}",
-                "Do you know a story about {r} {a}?",
-            ),
-            a=animal,
-            r="an" if animal[0] in "aeo" else "a",
-        )
-        must = (animal,)
+        asked = v.pick(_TRAITS) if v.chance(0.25) else ""
+        trait = asked or trait
+        ask = v.ask(_STORY, x=_a(f"{asked} {who}".strip()))
+        must = (f"{asked} {who}".strip(),)
     elif form == 2:
-        ask = v.ask(
-            (
-                "!tell me a story about {r} {a} [called|named] {n}",
-                "!write a [short |]story about {n} the {a}",
-                "!write a story about {r} {a} called {n}",
-                "!tell me about {n} the {a}",
-            ),
-            a=animal,
-            n=hero,
-            r="an" if animal[0] in "aeo" else "a",
-        )
-        must = (animal, hero)
-    else:
-        ask = v.ask(("!tell me a [short |]story about {n}", "!write a [short |]story about {n}", "!write a story with {n} in it"), n=hero)
+        ask = v.ask(_NAMED_STORY, x=_a(who), a=who, n=hero)
+        must = (who, hero)
+    elif form == 3:
+        who = v.pick(ANIMALS)
+        ask = v.ask(_STORY, x=hero)
         must = (hero,)
-    trait, place, thing, met = v.pick(_TRAITS), v.pick(_PLACES), v.pick(_OBJECTS), v.pick(_MET)
-    art = "an" if thing[0] == "o" else "a"
+    elif form == 4:
+        who = v.pick(("child", "boy", "girl", "poet"))
+        topic = v.pick(_TOPICS_OF_STORIES) if v.chance(0.6) else v.pick(CHARACTERS) + "s"
+        ask = v.ask(_STORY, x=topic)
+        must = (topic,)
+    else:
+        other = _hero(v)
+        ask = v.ask(_STORY, x=f"{_a(who)} and {_a(other)}")
+        must = (who, other)
+    thing, met = v.pick(_OBJECTS), v.pick(_MET)
+    lived = _a(f"{trait} {who}") + f" called {hero}" + (f" who dreamed of {topic}" if topic else "") + (f", and {_a(other)}" if other else "")
     text = " ".join(
         (
-            f"Once upon a time, {place}, there lived a {trait} {animal} called {hero}.",
-            v.pick((f"One morning {hero} found {art} {thing}.", f"One day {hero} found {art} {thing} under a tree.")),
+            f"Once upon a time, {v.pick(_PLACES)}, there lived {lived}.",
+            v.pick((f"One morning {hero} found {_a(thing)}.", f"One day {hero} found {_a(thing)} under a tree.")),
             v.pick(
                 (
                     f"{hero} wanted to know whose it was, and went to ask.",
@@ -310,10 +334,10 @@ def story(v: Voice) -> Sample:
                     f"{hero} had never seen anything like it.",
                 )
             ),
-            v.pick((f"On the way {hero} met {met}.", f"Soon {hero} met {met}.")),
+            f"{hero} asked the {other} for help." if other else v.pick((f"On the way {hero} met {met}.", f"Soon {hero} met {met}.")),
             v.pick(
                 (
-                    f'"The {thing} is mine," said the stranger, and {hero} gave it back.',
+                    f'"The {thing} is mine," said the {other or "stranger"}, and {hero} gave it back.',
                     f'"Let us share it," said {hero}, and so they did.',
                     f"Together they carried the {thing} home.",
                 )
@@ -321,7 +345,9 @@ def story(v: Voice) -> Sample:
             v.pick(_ENDS),
         )
     )
-    return Sample("story", [{"role": "user", "content": ask}, {"role": "assistant", "content": text}], Check("contains", must))
+    key = hero if form == 3 else topic if form == 4 else who
+    check = Check("contains", ("once upon a time", *must))
+    return Sample("story", [{"role": "user", "content": ask}, {"role": "assistant", "content": text}], check, key)
 
 
 # ---------------------------------------------------------------------------------------------------- what it cannot know
@@ -409,6 +435,10 @@ _COMPANIES = "Apple Google Microsoft Tesla Amazon Nvidia Intel IBM Sony Toyota S
 DONT_KNOW = "I don't know that. I am a small test model and know only a few simple things."
 
 
+# nouns of questions that have no entry in talk.py
+_NOUNS = [n for n in CHARACTERS if n not in ("star", "planet", "rainbow", "computer", "programmer", "compiler")]
+
+
 def unknown(v: Voice) -> Sample:
     made = "".join(v.pick("bdfgklmnprstvz") + v.pick("aeiou") + v.pick(("", "", "n", "r", "l")) for _ in range(v.int(2, 3)))
     slots = dict(
@@ -418,14 +448,16 @@ def unknown(v: Voice) -> Sample:
         surname=v.pick(_SURNAMES),
         year=v.int(1800, 2030),
         sport=v.pick(SPORTS),
-        thing=v.pick(WORDS),
-        thing2=v.pick(WORDS),
+        thing=v.plain_word(),
+        thing2=v.plain_word(),
+        noun=v.pick(_NOUNS),
+        color=v.pick(COLORS),
         company=v.pick(_COMPANIES),
         topic=v.pick(_TOPICS),
-        q=v.quoted(v.pick(WORDS)),
+        q=v.quoted(v.plain_word()),
         made=made,
     )
-    return v.reply("unknown", v.ask(_UNKNOWN, **slots), (DONT_KNOW,))
+    return v.reply("unknown", v.ask(_UNKNOWN if v.chance(0.5) else first_minute.UNKNOWABLE, **slots), (DONT_KNOW,))
 
 
 # ------------------------------------------------------------------------------------------------- memory in a conversation
@@ -515,15 +547,15 @@ def memory_missing(v: Voice) -> Sample:
 
 
 TASKS: dict[Generator, float] = {
-    small_talk: 4.0,
+    small_talk: 8.0,
     knowledge: 1.5,
     python: 1.5,
-    capital: 1.5,
+    capital: 1.8,
     animals: 0.7,
     calendar: 1.0,
     simple_fact: 1.5,
-    story: 1.5,
-    unknown: 2.5,
+    story: 3.0,
+    unknown: 4.5,
     memory: 1.5,
     memory_missing: 0.2,
 }

@@ -96,7 +96,7 @@ def count_letter(v: Voice) -> Sample:
 
 def letter_at(v: Voice) -> Sample:
     w = v.word()
-    i = v.pick((0, 0, len(w) - 1, len(w) - 1, 1, 2))
+    i = v.pick((0, 0, len(w) - 1, len(w) - 1, 1, 2, 3))
     i = min(i, len(w) - 1)
     name = "last" if i == len(w) - 1 else ORDINALS[i]
     ask = v.ask(
@@ -109,7 +109,8 @@ def letter_at(v: Voice) -> Sample:
         ),
         q=v.quoted(w),
     )
-    return v.reply("letter_at", ask, (f'The {name} letter of "{w}" is {w[i]}.',), f"{w} {name}")
+    numbered = " ".join(f"{c}{n}" for n, c in enumerate(w[: i + 1], 1))
+    return v.reply("letter_at", ask, (f"{numbered}: the {name} letter is {w[i]}.",), f"{w} {name}")
 
 
 def case(v: Voice) -> Sample:
@@ -154,7 +155,8 @@ def case(v: Voice) -> Sample:
 
 
 def sort_words(v: Voice) -> Sample:
-    xs = v.some(NAMES if v.chance(0.25) else WORDS, v.int(3, 5))
+    roll, n = v.random.random(), v.int(3, 5)
+    xs = v.some(NAMES, n) if roll < 0.2 else v.some(WORDS, n) if roll < 0.6 else list(dict.fromkeys(v.plain_word() for _ in range(n)))
     listed = v.pick((", ", ", ", " ")).join(xs)
     ask = v.ask(
         (
@@ -191,32 +193,54 @@ _PLACES = (
 ).split(",")
 
 
+_PHRASES = (
+    "this is a [test|{w}]", "I [like|love|hate|want] {w}", "the {w} is [{c}|{w}]", "my {w} is {w}", "{w} and {w}", "we have [no|many|two|more] {w}s",
+    "hello {w}", "good morning, {n}", "I am a {w}", "{n} is [here|my friend|in {p}]", "I live in {p}", "welcome to {p}", "{w} is fun", "you are {w}",
+    "the quick brown {w} jumps over the lazy {w}", "one two three", "all {w}s are {c}", "I love you, {n}", "there is no {w}", "it works",
+    "[yes|no|maybe|ok|bye]", "{n} has {i} {w}s", "{i} {w}s", "what a [nice|small|{c}] {w}", "let us {w}", "please {w} the {w}", "{w} {w} {w}",
+)  # fmt: skip
+_ECHO = (
+    "repeat after me:", "repeat this:", "repeat this sentence:", "repeat the following:", "say:", "say this:", "say the following:", "echo",
+    "echo this:",
+    "copy this text:", "copy:", "repeat exactly:", "repeat:", "write this:", "write:", "say", "say", "say", "say", "repeat", "print", "output",
+    "reply with", "answer with", "respond with", "type", "say exactly", "reply with exactly", "say only",
+)  # fmt: skip
+
+
 def sentence(v: Voice) -> str:
-    """A short sentence of the table's words."""
-    text = f"{v.pick(_SUBJECTS)} {v.pick(_VERBS)} {v.pick(('a', 'the', 'the'))} {v.pick(WORDS[:170])}"
+    """A short sentence of the tables' words."""
+    text = f"{v.pick(_SUBJECTS)} {v.pick(_VERBS)} {v.pick(('a', 'the', 'the'))} {v.pick(WORDS[:170]) if v.chance(0.6) else v.plain_word()}"
     return text + (f" {v.pick(_PLACES)}" if v.chance(0.6) else "") + v.pick((".", ".", ""))
 
 
+def _phrase(v: Voice) -> str:
+    """What somebody may want to see repeated."""
+    text = v.fill(v.pick(_PHRASES))
+    while "{w}" in text:
+        text = text.replace("{w}", v.plain_word() if v.chance(0.85) else v.word(), 1)
+    text = text.format(c=v.pick(COLORS), n=v.pick(NAMES), p=v.pick(CITIES), i=v.int(2, 99))
+    roll = v.random.random()
+    return text if roll < 0.6 else text[0].upper() + text[1:] + v.pick(("", ".", "!")) if roll < 0.9 else text.upper()
+
+
 def echo(v: Voice) -> Sample:
-    text = sentence(v) if v.chance(0.7) else " ".join(v.word() for _ in range(v.int(1, 5)))
-    ask = v.ask(
-        (
-            "!repeat after me: {q}",
-            "!repeat this: {q}",
-            "!repeat this sentence: {q}",
-            "!say: {q}",
-            "!say this: {q}",
-            "!echo {q}",
-            "!copy this text: {q}",
-            "!repeat exactly: {q}",
-            "!repeat: {q}",
-            "!write this: {q}",
-        ),
-        q=text,
+    """Say what the user says. Nothing that could be taken for a part of the text follows it."""
+    roll = v.random.random()
+    text = sentence(v) if roll < 0.35 else _phrase(v) if roll < 0.75 else " ".join(v.word() for _ in range(v.int(1, 5)))
+    if roll < 0.2 and v.chance(0.3):
+        text = text[0].lower() + text[1:]
+    start = v.fill(v.pick(_ECHO))
+    start = v.pick(("{}", "{}", "{}", "please {}", "can you {}", "could you {}", "now {}", "I want you to {}", "just {}")).format(start)
+    if v.chance(0.7):
+        start = start[0].upper() + start[1:]
+    shown = f'"{text}"' if v.chance(0.2) else text
+    after = v.pick((".", "", "!", " please", ", please")) if shown[-1] == '"' and v.chance(0.3) else ""
+    return Sample(
+        "echo",
+        [{"role": "user", "content": f"{start} {shown}{after}"}, {"role": "assistant", "content": text}],
+        Check("exact", (text,)),
+        text,
     )
-    if text.endswith(".") or v.chance(0.5):
-        ask = ask.split(text)[0] + text if text in ask else ask
-    return v.reply("echo", ask, (text,), text)
 
 
 def join_words(v: Voice) -> Sample:
@@ -251,7 +275,7 @@ def join_words(v: Voice) -> Sample:
             b=v.quoted(xs[1]),
         )
         return v.reply("join_words", ask, (xs[0] + xs[1],), f"+{xs[:2]}")
-    xs = [v.pick(WORDS) for _ in range(v.int(3, 4))]
+    xs = [v.plain_word() for _ in range(v.int(3, 4))]
     text = " ".join(xs)
     ask = v.ask(
         ("What is the acronym of {q}?", "!make an acronym from {q}", "!give me the initials of {q}", "!take the first letter of each word: {q}"),
@@ -385,7 +409,7 @@ _FIELDS = {
     "job": lambda v: v.pick("teacher doctor baker pilot farmer nurse artist writer driver".split()),
     "animal": lambda v: v.pick("dog cat horse rabbit tiger owl".split()),
     "year": lambda v: v.int(1950, 2030),
-    "product": lambda v: v.pick(WORDS),
+    "product": lambda v: v.plain_word(),
     "size": lambda v: v.pick(("small", "medium", "large")),
     "language": lambda v: v.pick(("English", "French", "German")),
 }
@@ -490,7 +514,7 @@ def json_made_up(v: Voice) -> Sample:
 def json_list(v: Voice) -> Sample:
     kind = v.int(0, 2)
     if kind == 0:
-        xs: list[object] = [v.pick(WORDS) for _ in range(v.int(2, 5))]
+        xs: list[object] = [v.plain_word() for _ in range(v.int(2, 5))]
     elif kind == 1:
         xs = [v.int(0, 99) for _ in range(v.int(2, 6))]
     else:
@@ -510,16 +534,16 @@ def json_list(v: Voice) -> Sample:
 
 
 TASKS: dict[Generator, float] = {
-    reverse: 3.0,
-    spell: 1.5,
-    length: 1.2,
-    count_letter: 1.8,
-    letter_at: 1.2,
-    case: 1.8,
-    sort_words: 2.0,
-    repeat: 1.0,
-    echo: 1.5,
-    join_words: 1.2,
+    reverse: 5.0,
+    spell: 2.5,
+    length: 1.5,
+    count_letter: 3.0,
+    letter_at: 2.0,
+    case: 3.5,
+    sort_words: 3.5,
+    repeat: 1.3,
+    echo: 4.5,
+    join_words: 2.0,
     words_in: 1.2,
     grammar: 0.6,
     name_some: 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -14,10 +15,14 @@ sys.path.insert(0, str(RECIPE))
 
 import chat  # noqa: E402
 import evaluate  # noqa: E402
+import first_minute  # noqa: E402
 import generate  # noqa: E402
 import mix  # noqa: E402
 import tables  # noqa: E402
-from sample import Check, Sample, Voice  # noqa: E402
+import talk  # noqa: E402
+import tasks_chat  # noqa: E402
+import tasks_text  # noqa: E402
+from sample import Check, Sample, Voice, _mistyped, _parse  # noqa: E402
 
 from miniinfer.config import ModelConfig  # noqa: E402
 
@@ -190,3 +195,45 @@ def test_report_counts(encoder: chat.Encoder):
     row = result["tasks"]["add"]
     assert (row["count"], row["right"], row["ended"]) == (4, 2, 3) and result["mean accuracy over tasks"] == 0.5
     assert "| add | 4 | 50.0% | 75.0% |" in evaluate.table(result)
+
+
+def test_no_wording_has_two_answers():
+    """All choices of all wordings without slots, as plain lower-case text: each belongs to one set of replies."""
+    tables_of_talk = (talk.SMALL_TALK, first_minute.SELF, first_minute.OTHERS, first_minute.FOLLOW_UPS, talk.KNOWLEDGE, talk.PYTHON)
+    entries = [entry for table in tables_of_talk for entry in table]
+    entries.append(((*tasks_chat._UNKNOWN, *first_minute.UNKNOWABLE), (tasks_chat.DONT_KNOW,)))
+    answers: dict[str, tuple[str, ...]] = {}
+    clashes = []
+    for wordings, replies in entries:
+        for wording in wordings:
+            for parts in itertools.product(*_parse(wording)):
+                said = "".join(parts).lower().strip("!?. ").replace(",", "")
+                if "{" not in said and said and answers.setdefault(said, replies) != replies:
+                    clashes.append(said)
+    assert not clashes
+
+
+def test_stories_are_about_the_hero_asked_for():
+    voice = Voice("stories")
+    heroes = set()
+    for _ in range(300):
+        told = tasks_chat.story(voice)
+        *_, ask, reply = (m["content"] for m in told.messages)
+        assert all(part.lower() in ask.lower() for part in told.check.accept[1:]), told
+        assert told.check.passes(reply)
+        heroes.add(told.key)
+    assert len(heroes) > 150
+
+
+def test_echo_answers_with_the_users_own_letters():
+    voice = Voice("echo")
+    for _ in range(500):
+        drawn = tasks_text.echo(voice)
+        assert drawn.messages[-1]["content"] in drawn.messages[0]["content"], drawn
+
+
+def test_mistyped_templates_keep_their_slots():
+    chance = random.Random(0)
+    for _ in range(300):
+        text = _mistyped('What is the plural of "{something}" in {language}?', chance)
+        assert '"{something}"' in text and "{language}" in text and text != text.upper()
