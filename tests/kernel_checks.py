@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miniinfer.kernels import REFERENCE as ref
@@ -78,6 +79,56 @@ def check_silu_mul(device: str, dtype: torch.dtype, full: bool) -> None:
         x = torch.randn(rows, 2 * size, device=device, dtype=dtype) * 4
         close(ops.silu_mul(x), reference.silu_mul(x.float()), f"silu_mul {rows}x{size}", dtype)
         close(ops.silu_mul(x), reference.silu_mul(x), f"silu_mul {rows}x{size}, roundings", dtype, bf16=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ linear
+
+
+def check_linear(device: str, dtype: torch.dtype, full: bool) -> None:
+    """The kernels by themselves, since packing leaves fp32 to torch; inputs by rows of a wider tensor, as the last positions are."""
+    from miniinfer.kernels.triton import pdl
+    from miniinfer.kernels.triton.linear import Rows, Tiles, by_rows, tiled
+
+    for n, k in [(40, 64), (33, 200), (16, 1024)] + [(4099, 1024), (1024, 2048), (257, 4104), (6144, 256)] * full:
+        weight, bias = torch.randn(n, k, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
+        counters = torch.zeros(n // 16 + 1, dtype=torch.int32, device=device)
+        for tokens in (1, 3, 17) + (2, 8, 16, 31, 32) * full:
+            x, wide = torch.randn(tokens, k + 8, device=device).to(dtype)[:, :k], k >= 512
+            for b in (None, bias) if full else (bias if tokens == 3 else None,):
+                want = F.linear(x.double(), weight.double(), None if b is None else b.double())
+                for split in (1, 2) + (4,) * wide:
+                    poison(device, (tokens, n), (split, tokens, n))
+                    out = tiled(x, weight, b, counters, Tiles(16, 32, 2, 2, split, 32 if device == "cuda" and pdl.available() else 0))
+                    close(out, want, f"tiles {n}x{k} T={tokens} split={split}", dtype)
+                    assert not counters.any(), f"tiles {n}x{k} T={tokens} split={split}: counters are left behind"
+                if tokens == 1:
+                    poison(device, (tokens, n))
+                    close(by_rows(x, weight, b, Rows(4, 64, 2)), want, f"rows {n}x{k}", dtype)
+
+
+def check_pack_linear(device: str, dtype: torch.dtype, full: bool) -> None:
+    """Any number of tokens; a token's result does not depend on its neighbours within a class; new values in the weight take effect."""
+    from miniinfer.kernels.triton.linear import MAX_TOKENS
+
+    ops = triton_ops()
+    shapes = [(512, 256), (256, 768), (1024, 2048), (6144, 1024), (128, 2048), (5120, 2048), (1000, 11008), (100, 1104), (70_000, 512)]
+    for n, k in shapes if full else [(24, 32), (8, 12)]:
+        weight, bias = (torch.randn(n, k, device=device) * k**-0.5).to(dtype), torch.randn(n, device=device).to(dtype)
+        x = torch.randn(MAX_TOKENS + 1, k, device=device).to(dtype)
+        want = F.linear(x.double() if n < 10_000 else x, weight.double() if n < 10_000 else weight)
+        plain, biased = ops.pack_linear(weight, None), ops.pack_linear(weight, bias)
+        for classes in ((1,), range(2, MAX_TOKENS + 1), (MAX_TOKENS + 1,)):
+            largest = plain(x[: classes[-1]])
+            for tokens in classes if full and n * k < 2**25 else (classes[0], classes[-1]):
+                poison(device, (tokens, n))
+                out = plain(x[:tokens])
+                close(out, want[:tokens], f"packed {n}x{k} T={tokens}", dtype)
+                if dtype != torch.float32:
+                    same(out, largest[:tokens], f"packed {n}x{k} T={tokens} among {classes[-1]}")
+            close(biased(x[: classes[0]]), want[: classes[0]] + bias, f"packed {n}x{k} T={classes[0]} with bias", dtype)
+        assert plain(x[:0]).shape == (0, n) and plain(x[None]).shape == (1, len(x), n)
+        weight.neg_()
+        close(plain(x[:1]), -want[:1], f"packed {n}x{k}, new weight", dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ rotary
@@ -237,6 +288,8 @@ def check_prefill(device: str, dtype: torch.dtype, full: bool) -> None:
         cases += [([128, 64], [1000, 64], 28, 4, 128, size, 130) for size in (32, 128)]
         cases += [([2048], [2048], 32, 8, 128, 64, 0), ([500, 1], [20_000, 9000], 16, 8, 128, 64, 0), ([1500], [6000], 32, 8, 128, 64, 4096)]
         cases += [([3, 1, 250, 1, 1, 17], [3, 2000, 900, 1, 77, 4000], 40, 8, 128, 64, 0), ([300], [300], 32, 1, 128, 64, 0)]
+        cases += [([129, 2], [129, 66], g * 2, 2, dim, 64, 0) for g in (1, 2, 8, 12, 64) for dim in (64, 128)]
+        cases += [([40] * 90, torch.randint(40, 600, (90,)).tolist(), 16, 4, 128, 64, 0), ([9000], [9000], 32, 8, 128, 64, 0)]
     for case in cases:
         check_paged(device, dtype, f"prefill {describe(case)}", ops, *case)
 
@@ -276,11 +329,11 @@ def check_attention_invariance(device: str, dtype: torch.dtype, full: bool) -> N
         for b in (0, 17, 63):
             one = ops.paged_attention(q[b : b + 1], k, v, table, rows[b : b + 1], start[:2], lengths[b : b + 1], scale, window, 1, 100_000)
             same(one, whole[b : b + 1], f"decode alone, window={window}")
-        total = 1000
+        total = 3000
         (q, k, v, table, rows, start, lengths, scale, _, _, _), _ = paged_case(device, dtype, [total], [total], 16, 4, 128, 64, window)
         k, v = k.nan_to_num(), v.nan_to_num()
         whole = ops.paged_attention(q, k, v, table, rows, start, lengths, scale, window, total, total)
-        for lo, hi in ((0, 300), (300, 313), (313, 1000)):
+        for lo, hi in ((0, 300), (300, 313), (313, 1100), (1100, 3000)):
             start[1], lengths[0] = hi - lo, hi
             part = ops.paged_attention(q[lo:hi].contiguous(), k, v, table, rows, start, lengths, scale, window, hi - lo, hi)
             same(part, whole[lo:hi], f"chunk {lo}:{hi}, window={window}")

@@ -124,7 +124,7 @@ def rope_cases(ops: Ops, heads: int = 32, kv_heads: int = 8, dim: int = 128, siz
 
 
 def paged(ops: Ops, counts: list[int], lengths: list[int], heads: int, kv_heads: int, dim: int, size: int = 64) -> Case:
-    """Paged attention; beside it torch's attention over contiguous keys and values if all sequences are alike."""
+    """Paged attention; beside it torch's attention over contiguous keys and values, if all sequences are alike and none a later chunk."""
     moved = 2 * sum(lengths) * kv_heads * dim * 2 + 2 * sum(counts) * heads * dim * 2
     flops = sum(4 * heads * dim * (c * (n - c) + c * (c + 1) / 2) for c, n in zip(counts, lengths, strict=True))
 
@@ -134,7 +134,7 @@ def paged(ops: Ops, counts: list[int], lengths: list[int], heads: int, kv_heads:
         k, v = rand(batch * width + 1, kv_heads, size, dim), rand(batch * width + 1, kv_heads, size, dim)
         start = ints([0, *torch.tensor(counts).cumsum(0).tolist()])
         args = (rand(sum(counts), heads, dim), k, v, table, ints(range(batch)), start, ints(lengths), dim**-0.5, 0, max(counts), max(lengths))
-        if len({*zip(counts, lengths, strict=True)}) > 1:
+        if len({*zip(counts, lengths, strict=True)}) > 1 or 1 < counts[0] < lengths[0]:
             return lambda: ops.paged_attention(*args), None
         q = args[0].view(batch, counts[0], heads, dim).transpose(1, 2)
         flat_k, flat_v = (c[1:].view(batch, kv_heads, -1, dim)[:, :, : lengths[0]] for c in (k, v))
@@ -151,8 +151,10 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
         yield paged(ops, [1] * batch, [length] * batch, 32, 8, 128)
     yield paged(ops, [1] * 256, [1024] * 256, 16, 8, 128)
     yield paged(ops, [1] * 256, list(range(100, 2148, 8)), 16, 8, 128)
-    for length in (2048, 8192, 32_768):
+    for length in (1024, 2048, 8192, 32_768):
         yield paged(ops, [length], [length], 32, 8, 128)
+    yield paged(ops, [1024] * 8, [1024] * 8, 32, 8, 128)
+    yield paged(ops, [2048], [8192], 32, 8, 128)
     yield paged(ops, [2048] + [1] * 128, [8192] + [1024] * 128, 32, 8, 128)
 
 

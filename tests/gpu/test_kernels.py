@@ -22,7 +22,7 @@ def test_kernel(name: str, dtype: torch.dtype) -> None:
     CHECKS[name]("cuda", dtype, True)
 
 
-@pytest.mark.parametrize("name", ["norms", "silu_mul", "rope", "decode", "prefill", "moe"])
+@pytest.mark.parametrize("name", ["norms", "silu_mul", "linear", "pack_linear", "rope", "decode", "prefill", "moe"])
 def test_kernel_float16(name: str) -> None:
     CHECKS[name]("cuda", torch.float16, False)
 

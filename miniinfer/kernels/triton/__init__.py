@@ -11,14 +11,15 @@ import triton
 
 from miniinfer.kernels.triton.attention_launch import attention, paged_attention
 from miniinfer.kernels.triton.experts import moe
+from miniinfer.kernels.triton.linear import pack_linear
 from miniinfer.kernels.triton.rope import rope_qkv_cache
 from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
 from miniinfer.kernels.triton.sampling import apply_penalties, sample
 from miniinfer.kernels.triton.steps import copy_pages, step_inputs
 
 __all__ = [
-    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "load", "moe", "paged_attention", "rms_norm", "rope_qkv_cache", "sample",
-    "silu_mul", "step_inputs",
+    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "load", "moe", "pack_linear", "paged_attention", "rms_norm", "rope_qkv_cache",
+    "sample", "silu_mul", "step_inputs",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from miniinfer.kernels.triton import pdl
 from miniinfer.kernels.triton.prefill import clear_padding, find_pages, load_keys_values, online_softmax
 
 
@@ -30,12 +31,13 @@ def decode_kernel(
     q, k, v, out, partial, stats, page_table, rows, query_start, lengths, num_seqs, num_tokens, splits, slots, qk_scale,
     q_stride, table_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head, b, s): chunks s, s + splits, ... of sequence b for one kv head and the GROUP query heads that share it.
 
     Writes, for each chunk, the unnormalized sum to partial [B, Hq, slots, D] and (maximum, total) to stats [B, Hq, slots, 2]; the
     final result if there is but one chunk. Sequences whose number of queries is not 1 are left alone."""
+    pdl.begin(PDL)
     head = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
@@ -93,8 +95,10 @@ def decode_kernel(
 def combine_kernel(
     out, partial, stats, query_start, lengths, slots,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query head, b): the chunks of one head's result, rescaled to their common maximum and summed in order."""
+    pdl.begin(PDL)
     head = tl.program_id(0)
     seq = tl.program_id(1)
     begin = tl.load(query_start + seq)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from miniinfer.kernels.triton import pdl
+
 
 @triton.jit
 def _normed(a, b, weight, half_at, half_mask, eps, HALF: tl.constexpr, dtype: tl.constexpr):
@@ -24,9 +26,10 @@ def _rope_qkv_cache_kernel(
     qkv, cos_sin, positions, q_weight, k_weight, eps, q_out, k_cache, v_cache, slots,
     qkv_stride, page_stride, head_stride, v_page_stride, v_head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (t, i): the i-th block of heads of token t, counted over q's blocks, then k's, then v's."""
+    pdl.begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -92,5 +95,6 @@ def rope_qkv_cache(
             qkv.stride(0), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=dim // 2, BLOCK_HALF=triton.next_power_of_2(dim // 2),
             PAGE_SIZE=k_cache.shape[2], BLOCK_HEADS=heads, NORM=q_weight is not None and k_weight is not None, num_warps=1,
+            **pdl.launch_options(tokens),
         )  # fmt: skip
     return q

@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from miniinfer.kernels.triton import pdl
+
 
 @triton.jit(do_not_specialize=["x_stride"])
-def _rms_norm_kernel(x, residual, weight, out, x_stride, size, eps, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm_kernel(x, residual, weight, out, x_stride, size, eps, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+    pdl.begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < size
@@ -35,8 +38,9 @@ def _norm_launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     block = triton.next_power_of_2(size)
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
-            rows, residual, weight, out, rows.stride(0), size, eps, BLOCK=block, ADD=residual is not None, num_warps=min(max(block // 512, 1), 16)
-        )
+            rows, residual, weight, out, rows.stride(0), size, eps,
+            BLOCK=block, ADD=residual is not None, num_warps=min(max(block // 512, 1), 16), **pdl.launch_options(len(rows)),
+        )  # fmt: skip
     return out
 
 
@@ -52,7 +56,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    pdl.begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < size
@@ -70,5 +75,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows = out.numel() // size
     block = min(triton.next_power_of_2(size), 1024)
     if rows:
-        _silu_mul_kernel[(rows, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
+        _silu_mul_kernel[(rows, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4, **pdl.launch_options(rows))
     return out
