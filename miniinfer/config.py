@@ -345,7 +345,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What `resolve` must know of the machine; made by engine/runner.py, or by a test."""
+    """What `resolve` must know of the machine; made by engine/core.py, or by a test."""
 
     kind: str  # "cuda" | "cpu"
     cores: int

@@ -7,6 +7,7 @@ so that tests and simulations can replace them.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ class EngineCore:
         folder = resolve_folder(config.model, config.revision)
         shape = ModelConfig.from_folder(folder)
         device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.config = config = resolve(config, shape, DeviceInfo(device.type, len(_cores())))
+        self.config = config = resolve(config, shape, DeviceInfo(device.type, _cores()))
         if device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
         try:
@@ -165,7 +166,6 @@ def load_model(
     return model
 
 
-def _cores() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _cores() -> int:
+    """Cores that this process may use, which a container or taskset makes fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
