@@ -45,6 +45,8 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
 
 
+DETERMINISTIC_CHUNK = 3  # tokens of which a step must hold at least one prompt's, if no prompt's may be computed alone
+
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -320,6 +322,7 @@ class EngineConfig:
     enable_prefix_caching: bool = opt(True, "reuse the KV pages of equal prompt prefixes")
     enforce_eager: bool = opt(False, "capture no CUDA graphs")
     overlap: int | None = opt(None, "steps in flight while results are read: 0 or 1 (GPU 1, CPU 0)")
+    deterministic: bool = opt(False, "the same request gives bitwise the same output alone, in any batch, cached or cold; a little slower")
     kernels: str = opt("auto", "implementation of the operations", ("auto", "reference", "triton", "cpu"))
     num_threads: int | None = opt(None, "CPU threads of the engine (all cores)")
     disable_log_stats: bool = opt(False, "do not log throughput every ten seconds")
@@ -370,9 +373,19 @@ def resolve(config: EngineConfig, model: ModelConfig, device: DeviceInfo) -> Eng
     if limit > stretched:
         raise ConfigError(f"max_model_len: {limit} is more than the {stretched} positions the model was made for")
     budget = config.max_num_batched_tokens or (8192 if gpu else 512)
-    seqs = config.max_num_seqs or min(256, budget)
+    seqs = config.max_num_seqs or min(256, budget - (DETERMINISTIC_CHUNK - 1 if config.deterministic else 0))
     if budget < seqs:
         raise ConfigError(f"max_num_batched_tokens: {budget} cannot hold one token for each of max_num_seqs={seqs} requests")
+    if config.deterministic:
+        if config.kernels == "reference":
+            raise ConfigError("deterministic: plain torch sums in an order that depends on the batch; use --kernels auto")
+        if not gpu and dtype == "float16":
+            raise ConfigError("deterministic: float16 on the CPU runs in plain torch, whose sums depend on the batch; use --dtype bfloat16")
+        if budget < seqs + DETERMINISTIC_CHUNK - 1 or seqs < 1:
+            raise ConfigError(
+                f"deterministic: max_num_batched_tokens={budget} must leave room for {DETERMINISTIC_CHUNK} prompt tokens beside "
+                f"{seqs - 1} running requests; raise it, or lower max_num_seqs"
+            )
     return dataclasses.replace(
         config,
         device=device.kind,

@@ -40,12 +40,14 @@ class Pages:
 class CacheManager:
     """Pages for requests, shared by equal prefixes. `kinds`: windows as in ModelConfig.state_kinds; `num_pages`: per kind, page 0 included.
 
-    With `enabled` False requests share nothing, except siblings (n > 1) of one group while the group lives."""
+    With `enabled` False requests share nothing, except siblings (n > 1) of one group while the group lives. If `deterministic`, only what was
+    computed in chunks of a prompt is shared, and only with chunks of prompts: generated tokens, and prompts of one token, are computed
+    by other kernels, whose last bits may differ."""
 
-    def __init__(self, kinds: tuple[int, ...], num_pages: Sequence[int], page_size: int, enabled: bool) -> None:
+    def __init__(self, kinds: tuple[int, ...], num_pages: Sequence[int], page_size: int, enabled: bool, deterministic: bool = False) -> None:
         if not kinds or len(kinds) != len(num_pages):
             raise ValueError(f"num_pages: expected one number for each of the state kinds {kinds}, got {list(num_pages)}")
-        self.kinds, self.page_size, self.enabled = kinds, page_size, enabled
+        self.kinds, self.page_size, self.enabled, self.deterministic = kinds, page_size, enabled, deterministic
         self.pools = [PagePool(n) for n in num_pages]
         self.tree = RadixTree(kinds, page_size, self.pools)
         self.query_tokens = 0  # of prompts admitted
@@ -98,7 +100,7 @@ class CacheManager:
         remain after it; `chunk` is the most tokens that a step will compute for it."""
         namespace = request.namespace if self.enabled else request.group
         wants_all = request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_len - 1
-        limit = 0 if wants_all else len(request.tokens) - 1
+        limit = 0 if wants_all else len(request.tokens) - 1 if not self.deterministic else max(0, request.prompt_len - 2)
         match = NO_MATCH if namespace is None else self.tree.match(namespace, request.tokens, limit)
         if not self._fits(request, match, chunk, headroom):
             # A copy's source takes a page more than the request itself: it must not keep a request out that fills the pool.
@@ -141,8 +143,7 @@ class CacheManager:
         pages: Pages = request.pages
         if pages.top is None:
             return
-        tokens, size = request.tokens, self.page_size
-        known = min(request.computed, len(tokens))
+        tokens, size, known = request.tokens, self.page_size, self._shareable(request)
         for i in range(len(pages.nodes), known // size):
             parent = pages.nodes[-1] if pages.nodes else pages.top
             key = pack(tokens[i * size : (i + 1) * size])
@@ -246,14 +247,23 @@ class CacheManager:
         elif self.kinds[kind]:
             self.tree.drop(pages.nodes[i], kind)
 
+    def _shareable(self, request: Request) -> int:
+        """How many of its first tokens are computed and may be put into the tree."""
+        if self.deterministic:
+            return min(request.computed, request.prompt_len) if request.prompt_len > 1 else 0
+        return min(request.computed, len(request.tokens))
+
     def _commit_tail(self, request: Request) -> None:
         pages: Pages = request.pages
         done = len(pages.nodes)
-        key = pack(request.tokens[done * self.page_size : min(request.computed, len(request.tokens))])
+        key = pack(request.tokens[done * self.page_size : self._shareable(request)])
         parent = pages.nodes[-1] if pages.nodes else pages.top
         if parent is None or not key or self.tree.covers(parent, key):
             return
-        self.tree.insert(parent, key, [table[done] for table in pages.tables])
+        held = [table[done] for table in pages.tables]
+        if not any(held):  # behind every window
+            return
+        self.tree.insert(parent, key, held)
         for table in pages.tables:
             table[done] = 0
 

@@ -44,14 +44,14 @@ class EngineCore:
         if device.type == "cpu":
             torch.set_num_threads(config.num_threads or 1)
         try:
-            ops = kernels.select(config.kernels, device.type)
+            ops = kernels.select(config.kernels, device.type, config.deterministic)
         except RuntimeError as e:
             raise ConfigError(str(e)) from e
         self.model = load_model(folder, shape, config, ops, device, progress)
         loaded = synchronize(device)
         self.runner = Runner(config, self.model, ops, device)
         assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
-        self.cache = CacheManager(shape.state_kinds, self.runner.num_pages, config.page_size, config.enable_prefix_caching)
+        self.cache = CacheManager(shape.state_kinds, self.runner.num_pages, config.page_size, config.enable_prefix_caching, config.deterministic)
         self.scheduler = Scheduler(
             self.cache,
             max_num_seqs=config.max_num_seqs,
@@ -59,6 +59,7 @@ class EngineCore:
             max_model_len=config.max_model_len,
             eos_token_ids=shape.eos_token_ids,
             seed=config.seed,
+            deterministic=config.deterministic,
         )
         self.pending: Pending | None = None
         done = synchronize(device)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from miniinfer.cache.manager import CacheManager, PageEntry
+from miniinfer.config import DETERMINISTIC_CHUNK
 from miniinfer.data import Add, Request, RowInit, SequenceUpdate, Status, StepPlan, StepResult, TokenLogprobs
 
 SECONDS_PER_PRIORITY = 30.0  # a request of priority p is treated as if it had come p times this later, so nobody starves
@@ -48,15 +49,20 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         seed: int = 0,
+        deterministic: bool = False,
     ) -> None:
-        if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(f"max_num_batched_tokens: {max_num_batched_tokens} is less than one token for each of {max_num_seqs} requests")
+        least = DETERMINISTIC_CHUNK if deterministic else 1
+        if max_num_batched_tokens < max_num_seqs - 1 + least:
+            raise ValueError(f"max_num_batched_tokens: {max_num_batched_tokens} cannot hold {least} tokens beside {max_num_seqs - 1} requests")
+        if cache.max_chunk < least:
+            raise ValueError(f"num_pages: a step could compute {cache.max_chunk} tokens of a request at most, fewer than {least}")
         self.cache = cache
         self._budget = max_num_batched_tokens
         self._max_chunk = min(max_num_batched_tokens, cache.max_chunk)
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self._seed = seed
+        self._deterministic, self._least = deterministic, least
         self._requests: dict[str, Request] = {}  # all that live
         self._waiting: list[tuple[tuple[float, int], Request]] = []  # heap
         self._running: list[Request] = []  # sorted by key
@@ -200,12 +206,29 @@ class Scheduler:
                 continue
             count = total - request.computed
             if count > 1:
-                count = min(count, spare + 1, self._max_chunk)
+                count = self._chunk(request, min(count, spare + 1, self._max_chunk))
+                if not count:
+                    continue
                 spare -= count - 1
             if request.computed + count > request.pages.capacity and not self._make_room(request, count, entries):
                 break
             work.append((request, count))
         return work
+
+    def _chunk(self, request: Request, most: int) -> int:
+        """How many of its known tokens a request computes next, at most `most`; 0 if it has to wait for more room.
+
+        Where attention over one new token and over several sum in different orders, a token's result must not depend on where chunks end. So if
+        deterministic, a prompt of several tokens never computes one of them alone, and what a resumed request had generated is computed
+        one by one again."""
+        if not self._deterministic:
+            return most
+        left = request.prompt_len - request.computed
+        if left <= 0 or request.prompt_len == 1:
+            return 1
+        count = min(left, most)
+        count -= left - count == 1
+        return count if count > 1 else 0
 
     def _make_room(self, request: Request, count: int, entries: list[PageEntry]) -> bool:
         """Pages for `count` more tokens, if need be at the cost of the highest keys; False if that was the request itself."""
@@ -227,7 +250,7 @@ class Scheduler:
             return
         held = []
         budget = self._budget - sum(count for _, count in work)
-        while self._waiting and self._rows and budget > 0:
+        while self._waiting and self._rows and budget >= self._least:
             request = self._waiting[0][1]
             leader = request.leader
             if leader is not None and leader.status is Status.RUNNING and leader.computed < leader.prompt_len - 1:
@@ -235,7 +258,7 @@ class Scheduler:
                 continue
             if request.in_flight or not self._admit(request, plan):
                 break
-            count = min(len(request.tokens) - request.computed, budget, self._max_chunk)
+            count = self._chunk(request, min(len(request.tokens) - request.computed, budget, self._max_chunk))
             budget -= count
             if request.computed + count > request.pages.capacity and not self.cache.extend(request, request.computed + count, plan.page_entries):
                 raise RuntimeError("an admitted request has no pages for its first chunk")

@@ -8,7 +8,7 @@ for by name that cannot load raises; only "auto" falls back, and logs what it ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,7 @@ class Ops:
     paged_attention: Callable[..., Any]
     silu_mul: Callable[..., Any]
     moe: Callable[..., Any]
-    sample: Callable[..., Any]
+    sample_rows: Callable[..., Any]
     apply_penalties: Callable[..., Any]
     step_inputs: Callable[..., Any]
     copy_pages: Callable[..., Any]
@@ -50,9 +50,11 @@ class Ops:
 REFERENCE = Ops.overlay("reference")
 
 
-def select(kernels: str, device: str) -> Ops:
-    """The op table for `EngineConfig.kernels` on a device ("cuda" or "cpu"). Raises RuntimeError if a named one cannot load."""
-    if kernels == "reference":
+def select(kernels: str, device: str, deterministic: bool = False) -> Ops:
+    """The op table for `EngineConfig.kernels` on a device ("cuda" or "cpu"). Raises RuntimeError if a named one cannot load.
+
+    `deterministic`: with operations whose result for a token never depends on what else is in the step; RuntimeError where there are none."""
+    if kernels == "reference" and not deterministic:
         return REFERENCE
     wanted = kernels if kernels != "auto" else ("triton" if device == "cuda" else "cpu")
     try:
@@ -61,9 +63,10 @@ def select(kernels: str, device: str) -> Ops:
         else:
             from miniinfer.kernels import cpu as module  # type: ignore[no-redef]
         module.load()
+        table = Ops.overlay(wanted, module)
+        return replace(table, **module.fixed_order()) if deterministic else table
     except Exception as e:  # a missing compiler or package: anything may be the reason
-        if kernels != "auto":
+        if kernels != "auto" or deterministic:
             raise RuntimeError(f"kernels: {kernels} cannot be used here: {e}") from e
         log.warning("%s kernels cannot be used here (%s): plain torch instead, slower", wanted, e)
         return Ops.overlay("torch", onednn) if device == "cpu" else REFERENCE
-    return Ops.overlay(wanted, module)

@@ -7,6 +7,8 @@ Letters as in batch.py: T tokens, B sequences, R device rows, N pages, H kv head
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, of [T, 2 I] holding gate then up -> [T, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear_each(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of every token alone: [..., K] -> [..., N] with sums that do not depend on how many tokens there are. Slow."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = [F.linear(rows[i : i + 1].clone(), weight, bias) for i in range(len(rows))]  # a clone: libraries look at alignment
+    return torch.cat([x.new_empty(0, len(weight)), *out]).view(*x.shape[:-1], -1)
 
 
 # ------------------------------------------------------------------------------------------------------------ rotary
@@ -169,15 +178,31 @@ def uniform(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
+def sample_rows(
+    logits: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, filtered: bool, draw: Callable[..., Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Draws entry s's token by the settings of device row rows[s] and writes it to tokens[rows[s], positions[s]].
+
+    logits [S, V] of any float dtype, widened to fp32; rows, positions [S] int32; tokens [R, L] int32. The settings are columns of the device rows:
+    temperature, top_p, min_p [R] fp32, top_k [R] int32, seeds [R] int64. `draw`: see `sample`, which is the default. Returns [S] int32."""
+    index = rows.long()
+    settings = (t[index] for t in (temperature, top_k, top_p, min_p, seeds))
+    chosen = (draw or sample)(logits.float(), *settings, positions, filtered)
+    tokens[index, positions.long()] = chosen
+    return chosen
+
+
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor, filtered: bool
 ) -> Tensor:
     """One token per row by the Gumbel-max rule, so that it is a pure function of (logits, seed, position).
 
-    logits [B, V] fp32; temperature, top_p, min_p [B] fp32; top_k [B] int32 (<= 0: off); seeds [B] int64; positions [B] int32, the position
+    logits [S, V] fp32; temperature, top_p, min_p [S] fp32; top_k [S] int32 (<= 0: off); seeds [S] int64; positions [S] int32, the position
     of the token being sampled. Temperature 0 is greedy, ties to the lower id. Filters act on the tempered distribution in the order top-k, top-p
     (the smallest set with at least that mass), min-p; the likeliest token always stays. `filtered` False promises that no row has a filter.
-    Returns [B] int32."""
+    NaN counts as -inf; of a row without a finite logit some id is returned. Returns [S] int32."""
+    logits = logits.masked_fill(logits.isnan(), float("-inf"))
     greedy = temperature <= 0
     scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     if filtered:

@@ -152,21 +152,29 @@ class Seen:
 class Run:
     """One random configuration, fed with random requests until they have all ended."""
 
-    def __init__(self, seed: int, kinds: tuple[int, ...], enabled: bool, depth: int) -> None:
+    def __init__(self, seed: int, kinds: tuple[int, ...], enabled: bool, depth: int, deterministic: bool = False) -> None:
         rng = self.rng = random.Random(seed)
-        self.depth = depth
+        self.depth, self.deterministic = depth, deterministic
         self.vocab = rng.choice([3, 8, 50])
         size = rng.choice([1, 2, 4, 8])
         self.rows = rng.choice([1, 3, 6, 10])
-        self.budget = self.rows + rng.choice([0, 3, 20, 60])
+        self.budget = self.rows + rng.choice([2 if deterministic else 0, 3, 20, 60])
         self.model_len = rng.choice([12, 40, 90])
         num_pages = []
         for window in kinds:
             # Pools for a share of the longest sequence up to a few; a sliding kind's also of just its window, at any alignment.
             pages = int(rng.choice([0.7, 1.2, 2.5]) * self.model_len / size)
-            least = -(-(window - 1) // size) + 1
-            num_pages.append(1 + max(1, pages if not window else rng.choice([least // 2, least, least + 1, 2 * least, pages])))
-        self.cache = CacheManager(kinds, num_pages, size, enabled)
+            least = -(-(window - 1) // size) + (4 if deterministic else 1)
+            num_pages.append(
+                1
+                + max(
+                    1,
+                    pages
+                    if not window
+                    else rng.choice([least // 2 if not deterministic else least, least, least + 1, 2 * least, pages + deterministic * least]),
+                )
+            )
+        self.cache = CacheManager(kinds, num_pages, size, enabled, deterministic)
         self.scheduler = Scheduler(
             self.cache,
             max_num_seqs=self.rows,
@@ -174,6 +182,7 @@ class Run:
             max_model_len=self.model_len,
             eos_token_ids=(EOS,),
             seed=seed,
+            deterministic=deterministic,
         )
         self.device = Device(kinds, num_pages, size, self.rows, self.vocab)
         self.prefixes = [[rng.randrange(2, max(3, self.vocab)) for _ in range(rng.randrange(1, self.model_len))] for _ in range(4)]
@@ -228,6 +237,8 @@ class Run:
         assert plan is not None or self.pending or not self.scheduler.has_work, "stalled with work to do"
         if plan is not None:
             assert plan.num_tokens <= self.budget and plan.rows
+            if self.deterministic:
+                self.check_chunks(plan)
             self.pending.append((plan, self.device.execute(plan)))
             self.steps += 1
         if self.rng.random() < 0.2:
@@ -237,6 +248,12 @@ class Run:
         if self.pending and (len(self.pending) > self.depth or plan is None):
             self.take(self.scheduler.apply(*self.pending.popleft()))
         self.scheduler.check()
+
+    def check_chunks(self, plan: StepPlan) -> None:
+        """A prompt's tokens come several at a time, all else one by one: which kernel computes a token does not depend on the load."""
+        for request, start, count in zip(self.scheduler._planned[plan.step], plan.starts, plan.counts, strict=True):
+            size = request.prompt_len
+            assert (count > 1 and start + count <= size) if size > 1 and start < size else count == 1
 
     def take(self, updates: list[SequenceUpdate]) -> None:
         assert not [name for name, times in Counter(u.id for u in updates).items() if times > 1]
@@ -309,6 +326,21 @@ def test_random_requests(kinds: tuple[int, ...], enabled: bool, depth: int) -> N
         run.play(busy=60)
         run.verify()
         totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied)
-    # The test is worth nothing unless it gets into trouble.
+    _check_trouble(totals, kinds)
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_random_requests_deterministic(kinds: tuple[int, ...]) -> None:
+    totals: Counter[str] = Counter()
+    for seed in range(5):
+        run = Run(seed * 1000 + KINDS.index(kinds) * 10 + 7, kinds, True, 1, deterministic=True)
+        run.play(busy=60)
+        run.verify()
+        totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied)
+    _check_trouble(totals, kinds)
+
+
+def _check_trouble(totals: Counter[str], kinds: tuple[int, ...]) -> None:
+    """The test is worth nothing unless it gets into trouble."""
     assert totals["steps"] > 500 and totals["finished"] > 150 and (totals["preemptions"] > 0 or kinds == (1, 9))
     assert totals["prefix_hits"] > 50 and totals["evicted_pages"] > 50 and totals["copied"] > 5

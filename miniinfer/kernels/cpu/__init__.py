@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,11 @@ from miniinfer.kernels.cpu.build import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SIGNATURES: dict[str, list[type]] = {
-    "linear": [c_void_p] * 4 + [c_long] * 3,
+    "linear": [c_void_p] * 4 + [c_long] * 3 + [c_int],
     "rms_norm": [c_int] + [c_void_p] * 5 + [c_long] * 2 + [c_float],
     "silu_mul": [c_int] + [c_void_p] * 2 + [c_long] * 2,
     "rope_qkv_cache": [c_int] + [c_void_p] * 9 + [c_long] * 5 + [c_float],
-    "paged_attention": [c_int] + [c_void_p] * 8 + [c_long] * 7 + [c_float, c_long],
+    "paged_attention": [c_int] + [c_void_p] * 8 + [c_long] * 7 + [c_float, c_long, c_int],
     "moe": [c_void_p] * 5 + [c_long] * 5 + [c_int],
     "sample": [c_void_p] * 8 + [c_long] * 2,
     "step_inputs": [c_void_p] * 9 + [c_long] * 5,
@@ -64,9 +65,13 @@ def _taken(*tensors: Tensor | None) -> bool:
 # ------------------------------------------------------------------------------------------------------------ linear
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x [..., K] -> x W^T + b [..., N] for weight [N, K]: a packed copy and our kernels for bf16, the weight itself and F.linear otherwise."""
+def pack_linear(weight: Tensor, bias: Tensor | None, fixed_order: bool = False) -> Callable[[Tensor], Tensor]:
+    """x [..., K] -> x W^T + b [..., N] for weight [N, K]: a packed copy and our kernels for bf16, the weight itself and F.linear otherwise.
+
+    `fixed_order`: a token's sums are taken in the same order whatever the number of tokens."""
     if not _taken(weight, bias) or weight.dtype != torch.bfloat16:
+        if fixed_order:
+            return lambda x: reference.linear_each(x, weight, bias)
         return lambda x: F.linear(x, weight, bias)
     lib, (n, k) = _library(), weight.shape
     packed = torch.empty(lib.mi_packed_size(n, k), dtype=torch.bfloat16)
@@ -79,7 +84,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
             raise TypeError(f"packed for {keep[0].dtype}, called with {x.dtype}")
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], n))
-        function(pointer, bias_pointer, x.data_ptr(), out.data_ptr(), x.numel() // k, n, k)
+        function(pointer, bias_pointer, x.data_ptr(), out.data_ptr(), x.numel() // k, n, k, fixed_order)
         return out
 
     return apply
@@ -141,7 +146,7 @@ def rope_qkv_cache(
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
-    scale: float, window: int, max_query: int, max_length: int,
+    scale: float, window: int, max_query: int, max_length: int, fixed_order: bool = False,
 ) -> Tensor:  # fmt: skip
     if not _taken(q, k_cache, v_cache) or q.shape[2] > 512:
         return reference.paged_attention(
@@ -152,7 +157,7 @@ def paged_attention(
     _library().mi_paged_attention(
         _DTYPES[q.dtype], q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), page_table.data_ptr(), rows.data_ptr(),
         query_start.data_ptr(), lengths.data_ptr(), tokens, rows.shape[0], page_table.shape[1], heads, k_cache.shape[1], k_cache.shape[2], dim,
-        scale, window,
+        scale, window, fixed_order,
     )  # fmt: skip
     return out
 
@@ -160,8 +165,11 @@ def paged_attention(
 # --------------------------------------------------------------------------------------------------- mixture of experts
 
 
-def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool) -> Tensor:
+def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool, fixed_order: bool = False) -> Tensor:
     if not _taken(x, w13, w2) or x.dtype != torch.bfloat16:
+        if fixed_order:
+            each = (reference.moe(x[t : t + 1], router_logits[t : t + 1], w13, w2, top_k, renormalize) for t in range(len(x)))
+            return torch.cat([x[:0], *each])
         return reference.moe(x, router_logits, w13, w2, top_k, renormalize)
     out, logits = torch.empty_like(x), router_logits.float().contiguous()
     tokens, experts, inner = x.shape[0], w2.shape[0], w2.shape[2]
@@ -188,6 +196,9 @@ def sample(
     return out
 
 
+sample_rows = partial(reference.sample_rows, draw=sample)
+
+
 def step_inputs(
     tokens: Tensor, rows: Tensor, starts: Tensor, query_start: Tensor, num_tokens: int,
     page_tables: list[Tensor], page_size: int, ids: Tensor, positions: Tensor, lengths: Tensor, slots: list[Tensor],
@@ -198,3 +209,13 @@ def step_inputs(
     for table, out in zip(page_tables, slots, strict=True):
         _library().mi_step_inputs(*shared, table.data_ptr(), *first, out.data_ptr(), *sizes, table.shape[1], page_size)
         first = None, None, None  # type: ignore[assignment]  # the same for every kind
+
+
+# ------------------------------------------------------------------------------------------------------ deterministic
+
+
+def fixed_order() -> dict[str, Callable[..., Any]]:
+    """The operations whose sums could otherwise depend on the other tokens of a step, in the form where they do not (`--deterministic`).
+
+    C++'s experts (`dots`) sum in one order for any number of rows; only their fallback does not."""
+    return {f.__name__: partial(f, fixed_order=True) for f in (pack_linear, paged_attention, moe)}

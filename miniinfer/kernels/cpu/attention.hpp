@@ -2,7 +2,8 @@
 //
 // Few rows (decode): scores and values straight from the pages, split over chunks of the context; bound by memory.
 // Many rows (prefill): blocks of scores held transposed [key][row], so that the softmax runs along lanes and both products use `micro`.
-// Chunks are absolute positions, so a sequence's sums do not depend on its neighbours.
+// Chunks and blocks lie at absolute positions, so a sequence's sums depend neither on its neighbours nor, among prompts of many rows, on where
+// they were cut.
 
 #pragma once
 
@@ -18,6 +19,7 @@ struct Attention {
     long batch, table_width, heads, groups, share, size, dim;  // heads: query heads, groups: kv heads, share: heads / groups, size: tokens of a page
     float scale;
     long window;
+    bool fixed;  // one query decodes, more do not: a token's result then depends on that alone
 
     static constexpr long CHUNK = 256;  // keys of a decode task
     static constexpr long FEW = 16;  // rows up to which a sequence counts as decode
@@ -176,11 +178,11 @@ struct Attention {
         std::fill_n(tops, panels * PANEL, NEVER);
         std::fill_n(totals, panels * PANEL, 0.0f);
         const long lo = window ? std::max(0L, own[0] - window + 1) : 0, hi = own[count - 1] + 1;
-        for (long key = lo; key < hi; key += PANEL) {
+        for (long key = lo / PANEL * PANEL; key < hi; key += PANEL) {
             const long keys = std::min<long>(PANEL, hi - key);
             const E* from[PANEL];
             for (long i = 0; i < keys; i++) {
-                const long index = (key + i) / size, row = (key + i - index * size) * dim;
+                const long at = std::max(key + i, lo), index = at / size, row = (at - index * size) * dim;  // before lo pages may be gone
                 from[i] = page(k, b, h, index) + row;
                 widen_row(page(v, b, h, index) + row, values + i * dim, dim);
             }
@@ -254,7 +256,7 @@ struct Attention {
                 continue;
             }
             for (long h = 0; h < groups; h++) {
-                if (m > FEW) {
+                if (m > (fixed ? std::min(share, FEW) : FEW)) {
                     for (long r = (m - 1) / (PANELS * PANEL) * PANELS * PANEL; r >= 0; r -= PANELS * PANEL)  // the longest first
                         many.push_back({(int)b, (int)h, (int)r, 0});
                     continue;

@@ -233,8 +233,8 @@ void mi_pack(const void* w, void* packed, long n, long k) {
 }
 
 // y [T, N] = x [T, K] w^T + bias (bias may be null), bf16, w as mi_pack wrote it.
-void mi_linear(const void* w, const void* bias, const void* x, void* y, long tokens, long n, long k) {
-    linear((const uint32_t*)w, (const bf16*)bias, (const bf16*)x, (bf16*)y, tokens, n, k);
+void mi_linear(const void* w, const void* bias, const void* x, void* y, long tokens, long n, long k, int fixed) {
+    linear((const uint32_t*)w, (const bf16*)bias, (const bf16*)x, (bf16*)y, tokens, n, k, fixed);
 }
 
 // residual null: plain norm.
@@ -264,11 +264,11 @@ void mi_rope_qkv_cache(int dtype, const void* qkv, const float* cos_sin, const i
 
 void mi_paged_attention(int dtype, const void* q, const void* k, const void* v, void* out, const int32_t* table, const int32_t* rows,
                         const int32_t* start, const int32_t* lengths, long tokens, long batch, long table_width, long heads, long groups,
-                        long size, long dim, float scale, long window) {
+                        long size, long dim, float scale, long window, int fixed) {
     with_type(dtype, [&](auto e) {
         using E = decltype(e);
         Attention<E>{(const E*)q, (const E*)k, (const E*)v, (E*)out, table, rows, start, lengths, batch, table_width, heads, groups,
-                     heads / groups, size, dim, scale, window}
+                     heads / groups, size, dim, scale, window, fixed != 0}
             .run(tokens);
     });
 }

@@ -257,10 +257,11 @@ constexpr int X_UNITS = 1;  // 32-bit units of an activation per pair
 constexpr int X_UNITS = 2;
 #endif
 
-// c[i * ldc + j] (+)= the tile's M tokens times a panel, over `pairs` pairs. x [pair][X_UNITS][M].
-template <int M>
+// c[i * ldc + j] (+)= the tile's M tokens times a panel, over `pairs` pairs. x [pair][X_UNITS][M]. With Fixed the order of a token's sum is the
+// same for every M.
+template <int M, bool Fixed>
 void stream(const float* x, const uint32_t* w, long pairs, float* c, long ldc, bool add) {
-    constexpr int chains = BF16_DOT || 4 * M > 2 * MAX_TILE ? 1 : 2;  // few tokens: more sums side by side, to hide the FMA's latency
+    constexpr int chains = BF16_DOT || Fixed || 4 * M > 2 * MAX_TILE ? 1 : 2;  // few tokens: more sums side by side, to hide the FMA's latency
     vf acc[chains][M][2] = {};
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
@@ -298,9 +299,9 @@ void stream(const float* x, const uint32_t* w, long pairs, float* c, long ldc, b
 
 using Stream = void (*)(const float*, const uint32_t*, long, float*, long, bool);
 template <int... I>
-Stream stream_of(long m, std::integer_sequence<int, I...>) {
-    static const Stream table[] = {stream<I + 1>...};
-    return table[m - 1];
+Stream stream_of(long m, bool fixed, std::integer_sequence<int, I...>) {
+    static const Stream table[][MAX_TILE] = {{stream<I + 1, false>...}, {stream<I + 1, true>...}};
+    return table[fixed][m - 1];
 }
 
 // Pairs [from, to) of a tile's m rows x [m, k], interleaved: out[pair][X_UNITS][m].
@@ -326,8 +327,8 @@ void interleave(const bf16* x, long k, long m, long from, long to, float* out) {
     }
 }
 
-// y [T, N] = x [T, K] w^T + bias.
-void linear(const uint32_t* w, const bf16* bias, const bf16* input, bf16* out, long tokens, long n, long k) {
+// y [T, N] = x [T, K] w^T + bias. `fixed`: a token's result does not depend on how many there are.
+void linear(const uint32_t* w, const bf16* bias, const bf16* input, bf16* out, long tokens, long n, long k, bool fixed) {
     const Tiles tiles(tokens);
     const long pairs = pairs_of(k), panels = ceil_div(n, PANEL), threads = omp_get_max_threads();
     const long depth = tiles.count == 1 ? pairs : DEPTH;
@@ -358,8 +359,8 @@ void linear(const uint32_t* w, const bf16* bias, const bf16* input, bf16* out, l
                     for (long i = 0; i < tiles.count; i++) {
                         const long first = tiles.at(i), m = tiles.at(i + 1) - first;
                         const float* xs = x + (first * pairs + d * m) * X_UNITS;
-                        stream_of(m, std::make_integer_sequence<int, MAX_TILE>())(xs, panel + d * PANEL, std::min(depth, pairs - d),
-                                                                                 c + first * PANEL, PANEL, d > 0);
+                        const Stream tile = stream_of(m, fixed, std::make_integer_sequence<int, MAX_TILE>());
+                        tile(xs, panel + d * PANEL, std::min(depth, pairs - d), c + first * PANEL, PANEL, d > 0);
                     }
                 }
                 const long columns = std::min<long>(PANEL, n - p * PANEL);

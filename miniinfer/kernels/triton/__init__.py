@@ -6,6 +6,9 @@ allocates by its data, so every one can be captured into a CUDA graph. `rope_qkv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 
@@ -14,12 +17,12 @@ from miniinfer.kernels.triton.experts import moe
 from miniinfer.kernels.triton.linear import pack_linear
 from miniinfer.kernels.triton.rope import rope_qkv_cache
 from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
-from miniinfer.kernels.triton.sampling import apply_penalties, sample
+from miniinfer.kernels.triton.sampling import apply_penalties, sample_rows
 from miniinfer.kernels.triton.steps import copy_pages, step_inputs
 
 __all__ = [
-    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "load", "moe", "pack_linear", "paged_attention", "rms_norm", "rope_qkv_cache",
-    "sample", "silu_mul", "step_inputs",
+    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "fixed_order", "load", "moe", "pack_linear", "paged_attention", "rms_norm", "rope_qkv_cache",
+    "sample_rows", "silu_mul", "step_inputs",
 ]  # fmt: skip
 
 
@@ -31,3 +34,8 @@ def load() -> None:
         raise RuntimeError("torch sees no CUDA device")
     if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         raise RuntimeError(f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which bfloat16 products need")
+
+
+def fixed_order() -> dict[str, Callable[..., Any]]:
+    """The operations whose sums could otherwise depend on the other tokens of a step, in the form where they do not (`--deterministic`)."""
+    raise RuntimeError("deterministic: the GPU's linear layers cannot do it yet")
