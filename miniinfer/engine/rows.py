@@ -17,23 +17,32 @@ from miniinfer.data import RowInit, StepPlan
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, TOP_K, PROMPT_LEN, SEED, MIN_TOTAL = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10
 RECORD = 12
 
+ALIGN = 64  # entries; tables begin at whole cache lines
+SPARE = 8192  # entries for changes that the device's staging buffer holds; more take a buffer of their own
+
 # What sampling must do for a row beyond temperature; the union over a batch decides which passes run.
 FILTERED, PENALIZED, BIASED = 1, 2, 4
 
 
 class Rows:
-    """R = max_num_seqs + 1 rows of at most L tokens. All tensors live on `device` and never move, so graphs may hold their addresses."""
+    """R = max_num_seqs + 1 rows of at most L tokens. All tensors live on `device` and never move, so graphs may hold their addresses.
+
+    A step's entries stand in `batch_rows`, `starts`, `query_start` and, for its sampling, `sample_rows` (the dummy where an entry does not sample),
+    `sample_positions` (where the new token goes) and `sample_at` (the token whose hidden state decides it), each [R]."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int, num_kinds: int, device: torch.device) -> None:
         self.device, self.page_size = device, page_size
         self.capacity, self.dummy = max_num_seqs, max_num_seqs
         count, self.width = max_num_seqs + 1, max_model_len + 1
-        self.tokens = torch.zeros(count, self.width, dtype=torch.int32, device=device)
         self.pages_per_row = -(-self.width // page_size)
-        # One allocation for all kinds, so that the entries of a step land in one scatter.
-        self._tables = torch.zeros(num_kinds, count, self.pages_per_row, dtype=torch.int32, device=device)
-        self.page_tables = list(self._tables)
-        self.params = torch.zeros(count, RECORD, dtype=torch.int32, device=device)
+        # One allocation for everything that the host changes, so that all of a step's changes land in one scatter.
+        sizes = [-(-n // ALIGN) * ALIGN for n in (count * RECORD, num_kinds * count * self.pages_per_row, count * self.width)]
+        self._memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        assert len(self._memory) < 2**31, "changes are addressed by int32"
+        self._tables_at, self._tokens_at = sizes[0], sizes[0] + sizes[1]
+        self.params = self._memory[: count * RECORD].view(count, RECORD)
+        self.page_tables = list(self._memory[self._tables_at :][: num_kinds * count * self.pages_per_row].view(num_kinds, count, self.pages_per_row))
+        self.tokens = self._memory[self._tokens_at :][: count * self.width].view(count, self.width)
         self.floats = self.params[:, :6].view(torch.float32)
         self.seeds = self.params[:, SEED : SEED + 2].view(torch.int64).squeeze(1)
         # Logit bias, and the stop ids that min_tokens holds back; wide enough for the widest row seen.
@@ -45,53 +54,60 @@ class Rows:
         self.flags = np.zeros(count, dtype=np.int32)
         self.prompt_logprobs = np.full(count, -1, dtype=np.int32)
         self.prompt_lens = np.zeros(count, dtype=np.int32)
-        self._staging = _Staging(4 * count + 1, device)
-        fixed = self._staging.device_buffer
-        self.batch_rows, self.starts = fixed[:count], fixed[count : 2 * count]
-        self.sampled, self.query_start = fixed[2 * count : 3 * count], fixed[3 * count : 4 * count + 1]
+        self._staging = _Staging(6 * count + 1, device)
+        entries = self._staging.fixed_part.split([count, count, count + 1, count, count, count])
+        self.batch_rows, self.starts, self.query_start, self.sample_rows, self.sample_positions, self.sample_at = entries
+        self._places = np.cumsum([0, *map(len, entries)]).tolist()
+        self._ramp = np.arange(count + 1, dtype=np.int32)
 
-    def upload(self, plan: StepPlan, batch_size: int) -> int:
-        """Sends a plan's changes to the device and applies them, page copies excepted (they need the caches).
+    def upload(self, plan: StepPlan, padded: int) -> int:
+        """Sends a plan's changes to the device and applies them, page copies excepted (they need the caches). Nothing here waits for the device.
 
-        The batch is padded to `batch_size` with one-token entries of the dummy row. Returns how many entries sample; their batch indices stand
-        in `sampled`. Nothing here waits for the device."""
-        count, real = self.capacity + 1, len(plan.rows)
-        host = self._staging.begin(2 * sum(len(i.tokens) for i in plan.inits) + (RECORD + 1) * len(plan.inits) + 2 * len(plan.page_entries))
-        host[:real], host[real:batch_size] = plan.rows, self.dummy
-        host[count : count + real], host[count + real : count + batch_size] = plan.starts, 0
-        samples = np.flatnonzero(plan.samples)
-        host[2 * count : 2 * count + len(samples)] = samples
-        ends = 3 * count + 1
-        host[3 * count] = 0
-        np.cumsum(plan.counts, out=host[ends : ends + real])
-        host[ends + real : ends + batch_size] = host[ends + real - 1] + np.arange(1, batch_size - real + 1)
-        cursor = 4 * count + 1
-        sections: list[tuple[Tensor, int]] = []  # (flat destination, entries): indices first, then values, in the staging buffer
-        if plan.page_entries:
-            entries = np.array(plan.page_entries, dtype=np.int64)
-            flat = (entries[:, 0] * count + entries[:, 1]) * self.pages_per_row + entries[:, 2]
-            cursor = _put(host, cursor, flat, entries[:, 3])
-            sections.append((self._tables.view(-1), len(entries)))
-        if plan.inits:
-            flat = np.concatenate([np.arange(i.row * self.width, i.row * self.width + len(i.tokens)) for i in plan.inits])
-            values = np.concatenate([np.asarray(i.tokens, dtype=np.int32) for i in plan.inits])
-            cursor = _put(host, cursor, flat, values)
-            sections.append((self.tokens.view(-1), len(flat)))
-        records_at = cursor
+        The batch is padded to `padded` entries of the dummy row, of one token each if all real ones are, else of none.
+        Returns what these rows want of the sampler: the union of their flags."""
+        real, size = len(plan.rows), padded
+        changes = sum(len(i.tokens) + RECORD for i in plan.inits) + len(plan.page_entries)
+        host = self._staging.begin(2 * changes)
+        rows, starts, _, sample_rows, positions, at = (host[place : place + size] for place in self._places[:-1])
+        rows[:real], rows[real:] = plan.rows, self.dummy
+        starts[:real], starts[real:] = plan.starts, 0
+        query_start = host[self._places[2] : self._places[2] + size + 1]
+        if plan.num_tokens == real:
+            query_start[:] = self._ramp[: size + 1]
+            np.add(starts, 1, out=positions)
+            at[:] = self._ramp[:size]
+        else:
+            query_start[0] = 0
+            np.cumsum(plan.counts, out=query_start[1 : real + 1])
+            query_start[real + 1 :] = query_start[real]
+            positions[:real], positions[real:] = starts[:real] + plan.counts, 0
+            np.subtract(query_start[1:], 1, out=at)
+        sample_rows[:] = rows
+        if not all(plan.samples):
+            sample_rows[:real][~np.array(plan.samples)] = self.dummy
+        if changes:
+            self._stage_changes(host[self._places[-1] : self._places[-1] + 2 * changes], plan)
+        sent = self._staging.send(2 * changes)
+        if changes:
+            self._memory.index_put_((sent[:changes],), sent[changes:])
+        return int(np.bitwise_or.reduce(self.flags[rows[:real]]))
+
+    def _stage_changes(self, host: np.ndarray, plan: StepPlan) -> None:
+        """Writes where in `_memory` values go, then the values, each half of `host`."""
+        where, values = np.split(host, 2)
+        end = len(plan.page_entries)
+        if end:
+            kind, row, index, page = np.array(plan.page_entries, dtype=np.int32).T
+            where[:end] = self._tables_at + (kind * (self.capacity + 1) + row) * self.pages_per_row + index
+            values[:end] = page
         for init in plan.inits:
-            host[cursor] = init.row
-            host[cursor + 1 : cursor + 1 + RECORD] = self._record(init)
-            cursor += 1 + RECORD
-        sent = self._staging.send(cursor)
-        cursor = 4 * count + 1
-        for destination, entries_count in sections:
-            index, value = sent[cursor : cursor + entries_count], sent[cursor + entries_count : cursor + 2 * entries_count]
-            destination.index_put_((index,), value)
-            cursor += 2 * entries_count
-        if plan.inits:
-            records = sent[records_at : records_at + len(plan.inits) * (1 + RECORD)].view(-1, 1 + RECORD)
-            self.params.index_put_((records[:, 0],), records[:, 1:])
-        return len(samples)
+            begin, end = end, end + RECORD
+            where[begin:end] = np.arange(init.row * RECORD, (init.row + 1) * RECORD)
+            values[begin:end] = self._record(init)
+            begin, end = end, end + len(init.tokens)
+            first = self._tokens_at + init.row * self.width
+            where[begin:end] = np.arange(first, first + len(init.tokens))
+            values[begin:end] = init.tokens
 
     def _record(self, init: RowInit) -> np.ndarray:
         """The row's parameter record; its rare parts (bias, held-back ids) go to their own tables."""
@@ -129,16 +145,6 @@ class Rows:
             if values:
                 table[row, : len(values)] = torch.tensor(values, dtype=table.dtype).to(self.device)
 
-    def union_flags(self, rows: list[int]) -> int:
-        """What any of these rows needs of the sampler."""
-        return int(np.bitwise_or.reduce(self.flags[rows])) if rows else 0
-
-
-def _put(host: np.ndarray, cursor: int, index: np.ndarray, value: np.ndarray) -> int:
-    host[cursor : cursor + len(index)] = index
-    host[cursor + len(index) : cursor + 2 * len(index)] = value
-    return cursor + 2 * len(index)
-
 
 def _widen(table: Tensor, width: int) -> Tensor:
     """A table with at least `width` columns, the new ones zero."""
@@ -150,14 +156,16 @@ def _widen(table: Tensor, width: int) -> Tensor:
 
 
 class _Staging:
-    """Two pinned host buffers in turn, one device buffer: the host fills one while the copy from the other may still be under way."""
+    """Pinned host buffers in turn and one device buffer: the host fills one while the copy from another may still be under way."""
 
     def __init__(self, fixed: int, device: torch.device) -> None:
         self.fixed, self.device, self.turn = fixed, device, 0
         self.pinned = device.type == "cuda"
-        self.device_buffer = torch.zeros(fixed, dtype=torch.int32, device=device)  # the fixed part keeps its address
-        self.host = [self._new(fixed + 4096) for _ in range(2)]
-        self.copied: list[torch.cuda.Event | None] = [None, None]
+        self.buffer = torch.zeros(fixed + SPARE, dtype=torch.int32, device=device)
+        self.fixed_part = self.buffer[:fixed]  # keeps its address
+        self.host = [self._new(fixed + SPARE) for _ in range(2)]
+        self.views = [h.numpy() for h in self.host]
+        self.copied = [torch.cuda.Event() for _ in range(2)] if self.pinned else []
 
     def _new(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int32, pin_memory=self.pinned)
@@ -165,22 +173,22 @@ class _Staging:
     def begin(self, variable: int) -> np.ndarray:
         """The host buffer to fill: `fixed` entries, then room for `variable` more."""
         self.turn ^= 1
-        event = self.copied[self.turn]
-        if event is not None:
-            event.synchronize()  # recorded two steps ago: done long since, unless the device lags by two steps
+        if self.pinned:
+            self.copied[self.turn].synchronize()  # recorded two steps ago: done long since, unless the device lags by two steps
         if len(self.host[self.turn]) < self.fixed + variable:
             self.host[self.turn] = self._new(2 * (self.fixed + variable))
-        return self.host[self.turn].numpy()
+            self.views[self.turn] = self.host[self.turn].numpy()
+        return self.views[self.turn]
 
-    def send(self, used: int) -> Tensor:
-        """Copies the first `used` entries to the device; returns a tensor over all of them (the fixed part also lands in its fixed place)."""
-        host = self.host[self.turn]
-        if not self.pinned:
-            self.device_buffer.copy_(host[: self.fixed])
-            return host
-        sent = host[:used].to(self.device, non_blocking=True)
-        self.device_buffer.copy_(sent[: self.fixed])
-        event = self.copied[self.turn] or torch.cuda.Event()
-        event.record()
-        self.copied[self.turn] = event
-        return sent
+    def send(self, variable: int) -> Tensor:
+        """Copies the fixed part to its place on the device and `variable` more entries somewhere; returns the latter."""
+        used = self.fixed + variable
+        target = self.buffer
+        if used > len(target):
+            target = torch.empty(used, dtype=torch.int32, device=self.device)
+        target[:used].copy_(self.host[self.turn][:used], non_blocking=True)
+        if target is not self.buffer:
+            self.fixed_part.copy_(target[: self.fixed])
+        if self.pinned:
+            self.copied[self.turn].record()
+        return target[self.fixed : used]

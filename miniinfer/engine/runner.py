@@ -18,8 +18,8 @@ from miniinfer.batch import Batch, StateView
 from miniinfer.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer.data import StepPlan, StepResult, TokenLogprobs
 from miniinfer.engine import sampler
-from miniinfer.engine.graphs import Graphs
-from miniinfer.engine.rows import Rows
+from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, HIDDEN, Graphs, Shape
+from miniinfer.engine.rows import BIASED, FILTERED, PENALIZED, Rows
 from miniinfer.kernels import Ops
 from miniinfer.models.decoder import Decoder
 from miniinfer.utils import get_logger
@@ -27,15 +27,17 @@ from miniinfer.utils import get_logger
 log = get_logger(__name__)
 
 GIB = 2**30
+LAUNCH_SECONDS = 330e-6  # host time of a layer's launches, measured with triton 3.6
+FLOPS = 6e14  # per second, of bf16 products on an H100 or H200
 LOGITS_CHUNK = 1024  # prompt positions whose logits are in memory at once
 
 
 @dataclass(slots=True)
 class Pending:
-    """A launched step: `result` waits for its copies to the host and reads them."""
+    """A launched step: `result` waits for its copies to the host and reads them. The buffers are used again two steps on."""
 
     plan: StepPlan
-    tokens: Tensor  # [S] int32 on the host, valid once `done`
+    tokens: np.ndarray  # int32 on the host, one per entry whether it samples or not; valid once `done`
     done: torch.cuda.Event | None
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None
     prompt: dict[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
@@ -44,12 +46,11 @@ class Pending:
         """The sampled tokens, aligned with the plan's entries."""
         if self.done is not None:
             self.done.synchronize()
-        sampled = iter(self.tokens.tolist())
-        tokens = [[next(sampled)] if s else [] for s in self.plan.samples]
-        result = StepResult(step=self.plan.step, tokens=tokens)
+        plan = self.plan
+        tokens = [[token] if sampled else [] for token, sampled in zip(self.tokens.tolist(), plan.samples, strict=True)]
+        result = StepResult(step=plan.step, tokens=tokens)
         if self.logprobs is not None:
-            each = iter(_token_logprobs(*self.logprobs))
-            result.logprobs = [[next(each)] if s else [] for s in self.plan.samples]
+            result.logprobs = [[each] if s else [] for each, s in zip(_token_logprobs(*self.logprobs), plan.samples, strict=True)]
         if self.prompt is not None:
             result.prompt_logprobs = {b: [t for chunk in chunks for t in _token_logprobs(*chunk)] for b, chunks in self.prompt.items()}
         return result
@@ -80,7 +81,8 @@ class Runner:
         self.slots = [buffer(size) for _ in self.kinds]
         # Reference ops ask the device for sizes, which a capture forbids.
         graphs = device.type == "cuda" and not config.enforce_eager and ops.name == "triton"
-        self.graphs = Graphs(self._decode, config.max_num_seqs, graphs)
+        self.graphs = Graphs(self._step, config.max_num_seqs, graph_tokens(config, shape), self.max_length, graphs)
+        self._results = _Results(config.max_num_seqs, device)
 
     def _make_caches(self, shape: ModelConfig, page_size: int) -> list[tuple[Tensor, Tensor]]:
         """K and V per layer, zeroed: attention multiplies masked entries by 0, and 0 times a stale NaN would be NaN."""
@@ -97,28 +99,28 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Starts a step. On a GPU it returns at once; nothing in here waits for the device."""
-        batch_size = len(plan.rows)
-        decode = max(plan.counts) == 1 and not plan.prompt_logprobs
-        padded = self.graphs.bucket(batch_size) if decode else batch_size
+        real, tokens = len(plan.rows), plan.num_tokens
+        padded = None if plan.prompt_logprobs else self.graphs.pad(tokens, real)
         self._copy_pages(plan)
-        num_sampled = self.rows.upload(plan, padded)
-        if decode:
-            logits = self.graphs.run(padded)
-            if num_sampled == batch_size:
-                logits = logits[:batch_size]
-            else:
-                logits = logits[self.rows.sampled[:num_sampled].long()]
-            hidden = None
+        flags = self.rows.upload(plan, padded[1] if padded else real)
+        draws = not plan.prompt_logprobs and plan.logprobs < 0 and not flags & (PENALIZED | BIASED) and any(plan.samples)
+        ending = HIDDEN if not draws else FILTERED_DRAW if flags & FILTERED else DRAW
+        if padded:
+            shape = Shape(*padded, 1 if tokens == real else padded[0], self.max_length, ending)
+            output = self.graphs.run(shape)
         else:
-            hidden = self._forward(batch_size, plan.num_tokens, max(plan.counts), max(s + c for s, c in zip(plan.starts, plan.counts, strict=True)))
-            last = self.rows.query_start[1:][self.rows.sampled[:num_sampled].long()].long() - 1
-            logits = self.model.logits(hidden[last])
-        pending = self._sample(plan, logits, num_sampled)
-        if plan.prompt_logprobs and hidden is not None:
+            longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
+            shape = Shape(tokens, real, max(plan.counts), longest, ending)
+            hidden = self._forward(shape)
+            output = self._end(shape, hidden)
+        pending = Pending(plan, self._results.begin(real), None)
+        if draws:
+            self._results.copy(output[:real])
+        elif any(plan.samples):
+            self._sample(plan, output, flags, pending)
+        if plan.prompt_logprobs:
             pending.prompt = self._prompt_logprobs(plan, hidden)
-        if self.device.type == "cuda":
-            pending.done = torch.cuda.Event()
-            pending.done.record()
+        pending.done = self._results.end()
         return pending
 
     def _copy_pages(self, plan: StepPlan) -> None:
@@ -129,13 +131,13 @@ class Runner:
                 layers = [c for c, w in zip(self.caches, self.model.config.windows, strict=True) if w == window]
                 self.ops.copy_pages(layers, moved[:, 0].contiguous(), moved[:, 1].contiguous())
 
-    def _decode(self, size: int) -> Tensor:
-        """A forward pass of `size` one-token entries, to logits [size, V]; what graphs capture, so lengths are bounded by the limit."""
-        return self.model.logits(self._forward(size, size, 1, self.max_length))
+    def _step(self, shape: Shape) -> Tensor:
+        """A whole step over the fixed buffers, which is what graphs capture."""
+        return self._end(shape, self._forward(shape))
 
-    def _forward(self, batch_size: int, num_tokens: int, max_query: int, max_length: int) -> Tensor:
-        """Builds the inputs from the rows, on the device, and runs the model: hidden states [num_tokens, hidden]."""
-        rows, size = self.rows, self.config.page_size or 0
+    def _forward(self, shape: Shape) -> Tensor:
+        """Builds the inputs from the rows, on the device, and runs the model: hidden states [tokens, hidden]."""
+        rows, size, batch_size, num_tokens = self.rows, self.config.page_size or 0, shape.sequences, shape.tokens
         batch_rows, query_start = rows.batch_rows[:batch_size], rows.query_start[: batch_size + 1]
         ids, positions, lengths = self.ids[:num_tokens], self.positions[:num_tokens], self.lengths[:batch_size]
         slots = [s[:num_tokens] for s in self.slots]
@@ -143,21 +145,32 @@ class Runner:
             rows.tokens, batch_rows, rows.starts[:batch_size], query_start, num_tokens, rows.page_tables, size, ids, positions, lengths, slots
         )
         kinds = tuple(StateView(s, table, size) for s, table in zip(slots, rows.page_tables, strict=True))
-        batch = Batch(ids, positions, query_start, lengths, batch_rows, max_query, max_length, self.ops, kinds, self.caches)
+        batch = Batch(ids, positions, query_start, lengths, batch_rows, shape.max_query, shape.max_length, self.ops, kinds, self.caches)
         return self.model(batch)
 
-    def _sample(self, plan: StepPlan, logits: Tensor, count: int) -> Pending:
-        if not count:
-            return Pending(plan, torch.empty(0, dtype=torch.int32), None)
-        rows, at = self.rows, self.rows.sampled[:count].long()
-        flags = rows.union_flags([r for r, s in zip(plan.rows, plan.samples, strict=True) if s])
+    def _end(self, shape: Shape, hidden: Tensor) -> Tensor:
+        """What the shape ends with, for each of its sequences: hidden states [B, hidden] or tokens [B]. One that does not sample computes them
+        too and draws for the dummy row."""
+        rows, size = self.rows, shape.sequences
+        if shape.max_query > 1:
+            hidden = hidden.index_select(0, rows.sample_at[:size])
+        if shape.ending == HIDDEN:
+            return hidden
+        flags = FILTERED if shape.ending == FILTERED_DRAW else 0
+        return sampler.sample(
+            self.model.logits(hidden), rows, rows.sample_rows[:size], rows.sample_positions[:size], flags, shape.max_length, self.ops
+        )
+
+    def _sample(self, plan: StepPlan, hidden: Tensor, flags: int, pending: Pending) -> None:
+        """Draws behind a step that ended with hidden states: what is too rare or too varied for graphs."""
+        rows, real = self.rows, len(plan.rows)
+        logits = self.model.logits(hidden)[:real]
         longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
-        tokens = sampler.sample(logits, rows, rows.batch_rows[at], self.lengths[at], flags, longest, self.ops)
-        pending = Pending(plan, self._to_host(tokens), None)
+        tokens = sampler.sample(logits, rows, rows.sample_rows[:real], rows.sample_positions[:real], flags, longest, self.ops)
+        self._results.copy(tokens)
         if plan.logprobs >= 0:
             ids, values, ranks = sampler.logprobs(logits, tokens, plan.logprobs)
             pending.logprobs = self._to_host(ids), self._to_host(values), self._to_host(ranks)
-        return pending
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[tuple[Tensor, Tensor, Tensor]]]:
         """For each entry that wants them: log-probabilities of the known token after every position computed in this step."""
@@ -183,6 +196,32 @@ class Runner:
         return host.copy_(value, non_blocking=True)
 
 
+class _Results:
+    """Where sampled tokens arrive on the host: two buffers in turn, since a step's are read while the next one runs."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        gpu = device.type == "cuda"
+        self.host = [torch.zeros(size, dtype=torch.int32, pin_memory=gpu) for _ in range(2)]
+        self.views = [h.numpy() for h in self.host]
+        self.done = [torch.cuda.Event() if gpu else None for _ in range(2)]
+        self.turn = 0
+
+    def begin(self, size: int) -> np.ndarray:
+        """The buffer of the step to come."""
+        self.turn ^= 1
+        return self.views[self.turn][:size]
+
+    def copy(self, tokens: Tensor) -> None:
+        self.host[self.turn][: len(tokens)].copy_(tokens, non_blocking=True)
+
+    def end(self) -> torch.cuda.Event | None:
+        """Marks the step's end; None where the device is the host."""
+        done = self.done[self.turn]
+        if done is not None:
+            done.record()
+        return done
+
+
 # --------------------------------------------------------------------------------------------------------- memory
 
 
@@ -192,10 +231,20 @@ def workspace_bytes(config: EngineConfig, shape: ModelConfig) -> int:
     assert config.max_num_batched_tokens and config.max_num_seqs
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     wide = 3 * max(shape.intermediate_size, shape.experts_per_token * shape.expert_intermediate_size)
-    activations = config.max_num_batched_tokens * (6 * shape.hidden_size + 2 * heads + wide) * 2
+    tokens = config.max_num_batched_tokens + graph_tokens(config, shape)  # graphs have memory of their own
+    activations = tokens * (6 * shape.hidden_size + 2 * heads + wide) * 2
     partial = config.max_num_seqs * shape.num_heads * max(4, 256 // shape.num_kv_heads) * (shape.head_dim + 2) * 4
     logits = max(config.max_num_seqs, LOGITS_CHUNK) * shape.vocab_size * 4
     return activations + partial + 8 * logits
+
+
+def graph_tokens(config: EngineConfig, shape: ModelConfig) -> int:
+    """Up to how many tokens a step with prompts in it is a graph: those that a GPU computes faster than the host can launch them. Small models
+    gain several times over; to large ones, padding would cost more than it brings."""
+    assert config.max_num_batched_tokens
+    inactive = sum(shape.moe_layers) * (shape.num_experts - shape.experts_per_token) * 3 * shape.hidden_size * shape.expert_intermediate_size
+    flops = 2 * (shape.num_parameters - shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2) - inactive)
+    return min(config.max_num_batched_tokens, int(shape.num_layers * LAUNCH_SECONDS * FLOPS / flops))
 
 
 def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -> list[int]:
