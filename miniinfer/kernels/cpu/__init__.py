@@ -214,7 +214,7 @@ def step_inputs(
 # ------------------------------------------------------------------------------------------------------ deterministic
 
 
-def fixed_order() -> dict[str, Callable[..., Any]]:
+def fixed_order() -> dict[str, Any]:
     """The operations whose sums could otherwise depend on the other tokens of a step, in the form where they do not (`--deterministic`).
 
     C++'s experts (`dots`) sum in one order for any number of rows; only their fallback does not."""

@@ -6,7 +6,6 @@ allocates by its data, so every one can be captured into a CUDA graph. `rope_qkv
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from miniinfer.kernels.triton.sampling import apply_penalties, sample_rows
 from miniinfer.kernels.triton.steps import copy_pages, step_inputs
 
 __all__ = [
-    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "fixed_order", "load", "moe", "pack_linear", "paged_attention", "rms_norm", "rope_qkv_cache",
-    "sample_rows", "silu_mul", "step_inputs",
+    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "fixed_order", "load", "moe", "pack_linear", "paged_attention", "rms_norm",
+    "rope_qkv_cache", "sample_rows", "silu_mul", "step_inputs",
 ]  # fmt: skip
 
 
@@ -36,6 +35,6 @@ def load() -> None:
         raise RuntimeError(f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which bfloat16 products need")
 
 
-def fixed_order() -> dict[str, Callable[..., Any]]:
+def fixed_order() -> dict[str, Any]:
     """The operations whose sums could otherwise depend on the other tokens of a step, in the form where they do not (`--deterministic`)."""
     raise RuntimeError("deterministic: the GPU's linear layers cannot do it yet")
