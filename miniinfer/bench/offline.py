@@ -7,6 +7,7 @@ Owns the workloads and how they are timed. Prompts are fresh random token ids, s
   decB    B requests of 1,024 tokens: TTFT = time of the batch for 1 token out, TPOT = (time for 257 out - time for 1 out) / 256
   preL    one prompt of L x 1,024 tokens, 1 token out: its time
   lngL    TPOT of one request at L x 1,024 tokens of context
+  skewB   TPOT of B requests of very different context: half at 500 tokens, one in 16 at 30,000, the others at 2,000
   tputN   N requests at once, 1,024 tokens in, 512 out: output tok/s
 """
 
@@ -33,7 +34,7 @@ DECODE_STEPS = 256  # between the two timings whose difference is TPOT
 class OfflineBench:
     """What to measure; how to run the engine is EngineConfig's."""
 
-    workload: str = opt("dec1", "comma list of nano, decB, preL, lngL, tputN with numbers for B, L and N")
+    workload: str = opt("dec1", "comma list of nano, decB, preL, lngL, skewB, tputN with numbers for B, L and N")
     repeats: int = opt(3, "timed runs of each latency; the best counts")
     json: bool = opt(False, "print the JSON line only")
 
@@ -43,21 +44,22 @@ class Workload:
     """Requests handed in at once, as (prompt length, output length)."""
 
     name: str
-    kind: str  # nano | dec | pre | lng | tput
+    kind: str  # nano | dec | pre | lng | skew | tput
     requests: list[tuple[int, int]]
 
     @staticmethod
     def parse(name: str) -> Workload:
         """Raises ConfigError if there is no such workload."""
-        match = re.fullmatch(r"(nano)|(dec|pre|lng|tput)([1-9]\d*)", name)
+        match = re.fullmatch(r"(nano)|(dec|pre|lng|skew|tput)([1-9]\d*)", name)
         if not match:
-            raise ConfigError(f"workload: {name!r} is none of nano, decB, preL, lngL, tputN (for instance dec8, pre32, tput512)")
+            raise ConfigError(f"workload: {name!r} is none of nano, decB, preL, lngL, skewB, tputN (for instance dec8, pre32, tput512)")
         kind, number = match[1] or match[2], int(match[3] or 0)
         requests = {
             "nano": nano_lengths,
             "dec": lambda: [(1024, DECODE_STEPS + 1)] * number,
             "pre": lambda: [(1024 * number, 1)],
             "lng": lambda: [(1024 * number, DECODE_STEPS + 1)],
+            "skew": lambda: [(skewed_length(i), DECODE_STEPS + 1) for i in range(number)],
             "tput": lambda: [(1024, 512)] * number,
         }[kind]()
         return Workload(name, kind, requests)
@@ -72,6 +74,11 @@ def nano_lengths() -> list[tuple[int, int]]:
         for _ in range(prompts[-1]):
             rng.randint(0, 10000)
     return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
+
+
+def skewed_length(index: int) -> int:
+    """Prompt length of a request in a batch that no even split of the work suits."""
+    return 30_000 if index % 16 == 15 else 500 if index % 2 == 0 else 2000
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,8 @@ class Bench:
             took = self.seconds(workload.requests)
             tokens = sum(output for _, output in workload.requests)
             return [Result(workload.name, "output_tok_s", tokens / took, tokens / self.floor(workload.requests), {"seconds": took})]
-        batch, prompt = len(workload.requests), workload.requests[0][0]
-        one = [(prompt, 1)] * batch
+        batch, prompt = len(workload.requests), sum(size for size, _ in workload.requests) // len(workload.requests)  # the mean
+        one = [(size, 1) for size, _ in workload.requests]
         first = min(self.seconds(one) for _ in range(repeats))
         floor_first = self.floor(one)
         ttft = Result(workload.name, "ttft_ms", first * 1e3, floor_first * 1e3, {"prompt_tok_per_s": batch * prompt / first})

@@ -98,6 +98,8 @@ def test_workloads() -> None:
     assert offline.Workload.parse("dec8").requests == [(1024, 257)] * 8
     assert offline.Workload.parse("pre32").requests == [(32 * 1024, 1)]
     assert offline.Workload.parse("lng4").requests == [(4096, 257)]
+    skew = [size for size, _ in offline.Workload.parse("skew64").requests]
+    assert (skew.count(500), skew.count(2000), skew.count(30_000)) == (32, 28, 4)
     assert offline.Workload.parse("tput512").requests == [(1024, 512)] * 512
     nano = offline.Workload.parse("nano").requests
     assert len(nano) == 256 and sum(output for _, output in nano) == 133_966  # as nano-vllm's README states it
