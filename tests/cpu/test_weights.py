@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from miniinfer.batch import Batch
 from miniinfer.config import ConfigError, ModelConfig
 from miniinfer.kernels import REFERENCE
 from miniinfer.layers.layout import layouts
+from miniinfer.models import weights
 from miniinfer.models.decoder import Decoder
 from miniinfer.models.hub import resolve_folder
 from miniinfer.models.registry import build, parameter_bytes
@@ -175,6 +177,36 @@ def test_unreadable_folders(tmp_path: Path) -> None:
     (folder / "model-1.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="convert them to safetensors"):
         loaded(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_are_read_in_pieces_by_several_threads(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder("mixtral", tmp_path)
+    wanted = tensors(folder)
+    monkeypatch.setattr("miniinfer.models.weights._PIECE", 1000)  # no tensor's size is a multiple of it
+    model = build(ModelConfig.from_folder(folder), dtype, "cpu")
+    seen: list[int] = []
+    load(model, folder, lambda done, total: seen.append(done))
+    assert len(seen) > 10 * len(wanted) and seen == sorted(seen) and seen[-1] == parameter_bytes(model)
+    for _, param, layout in layouts(model):
+        for part in layout.parts:
+            assert torch.equal(part.view(param), wanted[part.name].to(dtype)), part.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_file_that_shrinks_while_it_is_read(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder("llama", tmp_path)
+    monkeypatch.setattr("miniinfer.models.weights._PIECE", 1000)
+    model, file = build(ModelConfig.from_folder(folder), dtype, "cpu"), folder / "model.safetensors"
+    reader = weights._Reader
+
+    def cut(*args: Any) -> Any:  # after the headers were checked
+        os.truncate(file, 50_000)
+        return reader(*args)
+
+    monkeypatch.setattr(weights, "_Reader", cut)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not a whole safetensors file \(it ends at byte 50000\); download it again"):
+        load(model, folder)
 
 
 def test_a_model_without_storage_is_neither_filled_nor_saved(tmp_path: Path) -> None:
