@@ -473,6 +473,31 @@ def check_step_inputs(device: str, dtype: torch.dtype, full: bool) -> None:
             same(mine, want, f"{name} of counts={counts[:5]} in {num_tokens}")
 
 
+def check_stage_and_deliver(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    pin = device != "cpu"
+    for fixed_size, most in ((7, 40), (1543, 3000)) + (((6200, 40_000),) if full else ()):
+        host = torch.full((2, fixed_size + 1 + 2 * most), -7, dtype=torch.int32, pin_memory=pin)
+        results = torch.full((2, 300), -7, dtype=torch.int32, pin_memory=pin)
+        wanted_results = results.clone()
+        turns = [torch.zeros(16, dtype=torch.int32, device=device) for _ in range(2)]
+        fixed = [torch.full((fixed_size + 2,), -7, dtype=torch.int32, device=device) for _ in range(2)]
+        memory = [torch.full((3 * most,), -7, dtype=torch.int32, device=device) for _ in range(2)]
+        for step, count in enumerate((0, most, 3)):
+            host[step & 1, :fixed_size] = torch.randint(0, 10_000, (fixed_size,), dtype=torch.int32)
+            host[step & 1, fixed_size] = count
+            host[step & 1, fixed_size + 1 :][:count] = torch.randperm(3 * most)[:count]
+            host[step & 1, fixed_size + 1 + count :][:count] = torch.randint(0, 10_000, (count,))
+            tokens = torch.randint(0, 1000, (5 + 140 * step,), dtype=torch.int32, device=device)
+            for table, turn, part, all_rows, out in zip((ops, ref), turns, fixed, memory, (results, wanted_results), strict=True):
+                table.stage(host, turn, part[:fixed_size], all_rows)
+                table.deliver(tokens, out, turn)
+            if pin:
+                torch.cuda.synchronize()
+            for name, pair in (("turns", turns), ("fixed", fixed), ("memory", memory), ("results", (results, wanted_results))):
+                same(*pair, f"{name} of {fixed_size} fixed, {count} changes in step {step}")
+
+
 def check_copy_pages(device: str, dtype: torch.dtype, full: bool) -> None:
     ops = triton_ops()
     for heads, size, dim in ((2, 16, 24), (3, 8, 5)) + (((8, 64, 128),) if full else ()):

@@ -18,7 +18,8 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, TOP_K, PROMPT_LEN, S
 RECORD = 12
 
 ALIGN = 64  # entries; tables begin at whole cache lines
-SPARE = 8192  # entries for changes that the device's staging buffer holds; more take a buffer of their own
+TURNS = 16  # counters that the stage op wants
+MOST_CHANGES = 16384  # that a step takes over from the host's memory; those of longer prompts are copied
 
 # What sampling must do for a row beyond temperature; the union over a batch decides which passes run.
 FILTERED, PENALIZED, BIASED = 1, 2, 4
@@ -54,24 +55,30 @@ class Rows:
         self.flags = np.zeros(count, dtype=np.int32)
         self.prompt_logprobs = np.full(count, -1, dtype=np.int32)
         self.prompt_lens = np.zeros(count, dtype=np.int32)
-        self._staging = _Staging(6 * count + 1, device)
-        entries = self._staging.fixed_part.split([count, count, count + 1, count, count, count])
-        self.batch_rows, self.starts, self.query_start, self.sample_rows, self.sample_positions, self.sample_at = entries
-        self._places = np.cumsum([0, *map(len, entries)]).tolist()
+        sizes = [count, count, count + 1, count, count, count]
+        self._places = np.cumsum([0, *sizes]).tolist()
+        fixed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.batch_rows, self.starts, self.query_start, self.sample_rows, self.sample_positions, self.sample_at = fixed.split(sizes)
+        # Where the host writes its part of a step, two steps by turns: what the stage op reads (see kernels/reference.py).
+        self.turns = torch.zeros(TURNS, dtype=torch.int32, device=device)
+        host = torch.zeros(2, sum(sizes) + 1 + 2 * MOST_CHANGES, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.staging = host, self.turns, fixed, self._memory
+        self._host, self._turn = host.numpy(), 0
         self._ramp = np.arange(count + 1, dtype=np.int32)
 
-    def upload(self, plan: StepPlan, padded: int) -> int:
-        """Sends a plan's changes to the device and applies them, page copies excepted (they need the caches). Nothing here waits for the device.
+    def write(self, plan: StepPlan, padded: int) -> int:
+        """Writes a plan's changes to where the step will take them over, page copies excepted (they need the caches). The step before last must be
+        over: its changes lay there.
 
         The batch is padded to `padded` entries of the dummy row, of one token each if all real ones are, else of none.
         Returns what these rows want of the sampler: the union of their flags."""
         real, size = len(plan.rows), padded
-        changes = sum(len(i.tokens) + RECORD for i in plan.inits) + len(plan.page_entries)
-        host = self._staging.begin(2 * changes)
+        host = self._host[self._turn]
+        self._turn ^= 1
         rows, starts, _, sample_rows, positions, at = (host[place : place + size] for place in self._places[:-1])
+        query_start = host[self._places[2] : self._places[2] + size + 1]
         rows[:real], rows[real:] = plan.rows, self.dummy
         starts[:real], starts[real:] = plan.starts, 0
-        query_start = host[self._places[2] : self._places[2] + size + 1]
         if plan.num_tokens == real:
             query_start[:] = self._ramp[: size + 1]
             np.add(starts, 1, out=positions)
@@ -85,16 +92,17 @@ class Rows:
         sample_rows[:] = rows
         if not all(plan.samples):
             sample_rows[:real][~np.array(plan.samples)] = self.dummy
-        if changes:
-            self._stage_changes(host[self._places[-1] : self._places[-1] + 2 * changes], plan)
-        sent = self._staging.send(2 * changes)
-        if changes:
-            self._memory.index_put_((sent[:changes],), sent[changes:])
+        self._write_changes(host[self._places[-1] :], plan)
         return int(np.bitwise_or.reduce(self.flags[rows[:real]]))
 
-    def _stage_changes(self, host: np.ndarray, plan: StepPlan) -> None:
-        """Writes where in `_memory` values go, then the values, each half of `host`."""
-        where, values = np.split(host, 2)
+    def _write_changes(self, host: np.ndarray, plan: StepPlan) -> None:
+        """Their number, the indices in `_memory` and then the values. More than there is room for go to the device at once."""
+        count = len(plan.page_entries) + sum(RECORD + len(i.tokens) for i in plan.inits)
+        host[0] = count if count <= MOST_CHANGES else 0
+        if not count:
+            return
+        changes = host[1 : 1 + 2 * count] if count <= MOST_CHANGES else np.empty(2 * count, dtype=np.int32)
+        where, values = changes[:count], changes[count:]
         end = len(plan.page_entries)
         if end:
             kind, row, index, page = np.array(plan.page_entries, dtype=np.int32).T
@@ -108,6 +116,9 @@ class Rows:
             first = self._tokens_at + init.row * self.width
             where[begin:end] = np.arange(first, first + len(init.tokens))
             values[begin:end] = init.tokens
+        if count > MOST_CHANGES:
+            index, value = torch.from_numpy(changes).to(self.device).view(2, -1)
+            self._memory.index_put_((index,), value)
 
     def _record(self, init: RowInit) -> np.ndarray:
         """The row's parameter record; its rare parts (bias, held-back ids) go to their own tables."""
@@ -153,42 +164,3 @@ def _widen(table: Tensor, width: int) -> Tensor:
     wider = table.new_zeros(table.shape[0], max(8, 1 << (width - 1).bit_length()))
     wider[:, : table.shape[1]] = table
     return wider
-
-
-class _Staging:
-    """Pinned host buffers in turn and one device buffer: the host fills one while the copy from another may still be under way."""
-
-    def __init__(self, fixed: int, device: torch.device) -> None:
-        self.fixed, self.device, self.turn = fixed, device, 0
-        self.pinned = device.type == "cuda"
-        self.buffer = torch.zeros(fixed + SPARE, dtype=torch.int32, device=device)
-        self.fixed_part = self.buffer[:fixed]  # keeps its address
-        self.host = [self._new(fixed + SPARE) for _ in range(2)]
-        self.views = [h.numpy() for h in self.host]
-        self.copied = [torch.cuda.Event() for _ in range(2)] if self.pinned else []
-
-    def _new(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int32, pin_memory=self.pinned)
-
-    def begin(self, variable: int) -> np.ndarray:
-        """The host buffer to fill: `fixed` entries, then room for `variable` more."""
-        self.turn ^= 1
-        if self.pinned:
-            self.copied[self.turn].synchronize()  # recorded two steps ago: done long since, unless the device lags by two steps
-        if len(self.host[self.turn]) < self.fixed + variable:
-            self.host[self.turn] = self._new(2 * (self.fixed + variable))
-            self.views[self.turn] = self.host[self.turn].numpy()
-        return self.views[self.turn]
-
-    def send(self, variable: int) -> Tensor:
-        """Copies the fixed part to its place on the device and `variable` more entries somewhere; returns the latter."""
-        used = self.fixed + variable
-        target = self.buffer
-        if used > len(target):
-            target = torch.empty(used, dtype=torch.int32, device=self.device)
-        target[:used].copy_(self.host[self.turn][:used], non_blocking=True)
-        if target is not self.buffer:
-            self.fixed_part.copy_(target[: self.fixed])
-        if self.pinned:
-            self.copied[self.turn].record()
-        return target[self.fixed : used]

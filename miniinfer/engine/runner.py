@@ -101,8 +101,9 @@ class Runner:
         """Starts a step. On a GPU it returns at once; nothing in here waits for the device."""
         real, tokens = len(plan.rows), plan.num_tokens
         padded = None if plan.prompt_logprobs else self.graphs.pad(tokens, real)
+        pending = self._results.begin(plan)
         self._copy_pages(plan)
-        flags = self.rows.upload(plan, padded[1] if padded else real)
+        flags = self.rows.write(plan, padded[1] if padded else real)
         draws = not plan.prompt_logprobs and plan.logprobs < 0 and not flags & (PENALIZED | BIASED) and any(plan.samples)
         ending = HIDDEN if not draws else FILTERED_DRAW if flags & FILTERED else DRAW
         if padded:
@@ -113,14 +114,12 @@ class Runner:
             shape = Shape(tokens, real, max(plan.counts), longest, ending)
             hidden = self._forward(shape)
             output = self._end(shape, hidden)
-        pending = Pending(plan, self._results.begin(real), None)
-        if draws:
-            self._results.copy(output[:real])
-        elif any(plan.samples):
+        if not draws and any(plan.samples):
             self._sample(plan, output, flags, pending)
         if plan.prompt_logprobs:
             pending.prompt = self._prompt_logprobs(plan, hidden)
-        pending.done = self._results.end()
+        if pending.done is not None:
+            pending.done.record()
         return pending
 
     def _copy_pages(self, plan: StepPlan) -> None:
@@ -141,6 +140,7 @@ class Runner:
         batch_rows, query_start = rows.batch_rows[:batch_size], rows.query_start[: batch_size + 1]
         ids, positions, lengths = self.ids[:num_tokens], self.positions[:num_tokens], self.lengths[:batch_size]
         slots = [s[:num_tokens] for s in self.slots]
+        self.ops.stage(*rows.staging)
         self.ops.step_inputs(
             rows.tokens, batch_rows, rows.starts[:batch_size], query_start, num_tokens, rows.page_tables, size, ids, positions, lengths, slots
         )
@@ -157,9 +157,10 @@ class Runner:
         if shape.ending == HIDDEN:
             return hidden
         flags = FILTERED if shape.ending == FILTERED_DRAW else 0
-        return sampler.sample(
-            self.model.logits(hidden), rows, rows.sample_rows[:size], rows.sample_positions[:size], flags, shape.max_length, self.ops
-        )
+        logits = self.model.logits(hidden)
+        tokens = sampler.sample(logits, rows, rows.sample_rows[:size], rows.sample_positions[:size], flags, shape.max_length, self.ops)
+        self.ops.deliver(tokens, self._results.host, rows.turns)
+        return tokens
 
     def _sample(self, plan: StepPlan, hidden: Tensor, flags: int, pending: Pending) -> None:
         """Draws behind a step that ended with hidden states: what is too rare or too varied for graphs."""
@@ -167,7 +168,7 @@ class Runner:
         logits = self.model.logits(hidden)[:real]
         longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
         tokens = sampler.sample(logits, rows, rows.sample_rows[:real], rows.sample_positions[:real], flags, longest, self.ops)
-        self._results.copy(tokens)
+        self.ops.deliver(tokens, self._results.host, rows.turns)
         if plan.logprobs >= 0:
             ids, values, ranks = sampler.logprobs(logits, tokens, plan.logprobs)
             pending.logprobs = self._to_host(ids), self._to_host(values), self._to_host(ranks)
@@ -197,29 +198,22 @@ class Runner:
 
 
 class _Results:
-    """Where sampled tokens arrive on the host: two buffers in turn, since a step's are read while the next one runs."""
+    """Where sampled tokens arrive on the host: two buffers by turns, since a step's are read while the next one runs."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         gpu = device.type == "cuda"
-        self.host = [torch.zeros(size, dtype=torch.int32, pin_memory=gpu) for _ in range(2)]
-        self.views = [h.numpy() for h in self.host]
+        self.host = torch.zeros(2, size, dtype=torch.int32, pin_memory=gpu)
+        self.views = list(self.host.numpy())
         self.done = [torch.cuda.Event() if gpu else None for _ in range(2)]
         self.turn = 0
 
-    def begin(self, size: int) -> np.ndarray:
-        """The buffer of the step to come."""
-        self.turn ^= 1
-        return self.views[self.turn][:size]
-
-    def copy(self, tokens: Tensor) -> None:
-        self.host[self.turn][: len(tokens)].copy_(tokens, non_blocking=True)
-
-    def end(self) -> torch.cuda.Event | None:
-        """Marks the step's end; None where the device is the host."""
-        done = self.done[self.turn]
+    def begin(self, plan: StepPlan) -> Pending:
+        """The result to be of a step that starts now. Waits for the step before last, which is over long since if its result was read."""
+        turn, self.turn = self.turn, self.turn ^ 1
+        done = self.done[turn]
         if done is not None:
-            done.record()
-        return done
+            done.synchronize()
+        return Pending(plan, self.views[turn][: len(plan.rows)], done)
 
 
 # --------------------------------------------------------------------------------------------------------- memory

@@ -33,7 +33,9 @@ class Ops:
     moe: Callable[..., Any]
     sample_rows: Callable[..., Any]
     apply_penalties: Callable[..., Any]
+    stage: Callable[..., Any]
     step_inputs: Callable[..., Any]
+    deliver: Callable[..., Any]
     copy_pages: Callable[..., Any]
     pack_linear: Callable[..., Any] | None  # (weight [N, K], bias) -> (x -> y), called once per linear layer at load; None = F.linear
 

@@ -277,6 +277,23 @@ def step_inputs(
         out[used:num_tokens].zero_()
 
 
+def stage(host: Tensor, turns: Tensor, fixed: Tensor, memory: Tensor) -> None:
+    """Takes over what the host has written for this step: the first thing on the device in every step.
+
+    host [2, H] int32, in pinned memory, holds two steps' worth by turns: F entries for `fixed` [F], a number n, n indices into `memory` [M] and the
+    n values that go there (all int32, no index twice). turns [P] int32 counts the calls in each entry and so tells whose turn it is."""
+    source, size = host[int(turns[0]) & 1], len(fixed)
+    fixed.copy_(source[:size])
+    where, values = source[size + 1 : size + 1 + 2 * int(source[size])].to(memory.device).view(2, -1)
+    memory[where.long()] = values
+    turns.add_(1)
+
+
+def deliver(tokens: Tensor, host: Tensor, turns: Tensor) -> None:
+    """Writes a step's tokens [S] int32 to the host's buffer of its turn: host [2, S or more] int32, pinned. Later in the step than `stage`."""
+    host[(int(turns[0]) - 1) & 1, : len(tokens)] = tokens.to(host.device)
+
+
 def copy_pages(caches: list[tuple[Tensor, Tensor]], source: Tensor, destination: Tensor) -> None:
     """Copies whole pages of every given layer's K and V [N, H, S, D]: page source[i] to destination[i] (int32, no page is both)."""
     source, destination = source.long(), destination.long()

@@ -1,10 +1,52 @@
-"""The bookkeeping of a step on the device: input buffers from device rows, and page copies."""
+"""The bookkeeping of a step on the device: what the host has staged, input buffers from device rows, tokens to the host, page copies."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+STAGE_PROGRAMS = 16
+
+
+@triton.jit(do_not_specialize=["host_stride"])
+def _stage_kernel(host, turns, fixed, memory, host_stride, FIXED: tl.constexpr, BLOCK: tl.constexpr):
+    """Programs share the fixed entries and the changes by blocks. Each has a counter of its own, so that none changes under another."""
+    worker = tl.program_id(0)
+    turn = tl.load(turns + worker)
+    source = host + (turn & 1) * host_stride
+    count = tl.load(source + FIXED, cache_modifier=".cv")
+    offs = worker * BLOCK + tl.arange(0, BLOCK)
+    step = tl.num_programs(0) * BLOCK
+    for at in range(0, FIXED, step):
+        mask = at + offs < FIXED
+        tl.store(fixed + at + offs, tl.load(source + at + offs, mask=mask, cache_modifier=".cv"), mask=mask)
+    source += FIXED + 1
+    for at in range(0, count, step):
+        mask = at + offs < count
+        where = tl.load(source + at + offs, mask=mask, cache_modifier=".cv")
+        tl.store(memory + where, tl.load(source + count + at + offs, mask=mask, cache_modifier=".cv"), mask=mask)
+    tl.store(turns + worker, turn + 1)
+
+
+def stage(host: Tensor, turns: Tensor, fixed: Tensor, memory: Tensor) -> None:
+    """As the reference; STAGE_PROGRAMS entries in `turns`. The kernel reads the host's memory itself: a copy would have to wait for the step before
+    it and then be waited for."""
+    assert len(turns) == STAGE_PROGRAMS and host.stride(1) == 1
+    _stage_kernel[(STAGE_PROGRAMS,)](host, turns, fixed, memory, host.stride(0), FIXED=len(fixed), BLOCK=1024, num_warps=8)
+
+
+@triton.jit(do_not_specialize=["size", "host_stride"])
+def _deliver_kernel(tokens, host, turns, size, host_stride, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    target = host + ((tl.load(turns) - 1) & 1) * host_stride
+    tl.store(target + offs, tl.load(tokens + offs, mask=mask), mask=mask)
+
+
+def deliver(tokens: Tensor, host: Tensor, turns: Tensor) -> None:
+    """As the reference; likewise without a copy."""
+    _deliver_kernel[(triton.cdiv(len(tokens), 1024),)](tokens, host, turns, len(tokens), host.stride(0), BLOCK=1024, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "tokens_stride", "table_stride"])
