@@ -125,7 +125,7 @@ def naive(core: EngineCore, w: Wanted, sibling: int = 0) -> Got:
     limit = min(len(tokens) + (p.max_tokens or 10**9), core.config.max_model_len or 0)
     stops = set(p.stop_token_ids or []) | (set() if p.ignore_eos else set(core.info["eos_token_ids"]))
     while True:
-        logits = model.logits(model(Batch.packed([tokens], REFERENCE, device)))
+        logits = model.logits(model(Batch.packed([tokens], REFERENCE, device))).float()
         if got.prompt_logprobs is None and p.prompt_logprobs is not None:
             logs = logits.log_softmax(-1)
             got.prompt_logprobs = [float(logs[i, tokens[i + 1]]) for i in range(len(w.prompt) - 1)]

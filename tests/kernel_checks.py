@@ -388,14 +388,33 @@ def sampling_case(device: str, rows: int, vocab: int, filtered: bool) -> tuple[T
     return tuple(t.to(device) for t in (logits, temperature, top_k, top_p, min_p, seeds, positions))
 
 
+def drawn(
+    ops: Ops, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor, filtered: bool
+) -> Tensor:
+    """sample_rows with the settings [S] laid into device rows as columns of a wider table, in another order; checks that the rows got the tokens."""
+    entries, spare, device = len(logits), 3, logits.device
+    rows = torch.randperm(entries + spare, device=device)[:entries].int()
+    record = torch.full((entries + spare, 6), NAN, device=device)
+    seed_column = torch.zeros(entries + spare, 2, dtype=torch.int64, device=device)
+    record[rows.long()] = torch.stack([temperature, top_k.int().view(torch.float32), top_p, min_p, top_p, top_p], 1)
+    seed_column[rows.long(), 0] = seeds
+    tokens = torch.full((entries + spare, int(positions.max()) + 1 if entries else 1), -1, dtype=torch.int32, device=device)
+    columns = record[:, 0], record.view(torch.int32)[:, 1], record[:, 2], record[:, 3], seed_column[:, 0]
+    out = ops.sample_rows(logits, rows, positions, tokens, *columns, filtered)
+    same(tokens[rows.long(), positions.long()], out, "tokens written to their rows")
+    assert int((tokens >= 0).sum()) == entries, "something else was written"
+    return out
+
+
 def check_sample(device: str, dtype: torch.dtype, full: bool) -> None:
     ops = triton_ops()
     for rows, vocab in [(9, 131), (3, 5000)] + ([(1, 151_936), (64, 151_936), (85, 32_000), (256, 4099)] if full else []):
         args = sampling_case(device, rows, vocab, False)
-        logits, temperature, _, _, _, seeds, positions = args
-        chosen = ops.sample(*args, False).long()
+        logits, temperature, _, _, _, seeds, positions = args = args[0].to(dtype), *args[1:]
+        chosen = drawn(ops, *args, False).long()
+        same(drawn(ops, logits.float(), *args[1:], False).long(), chosen, f"{dtype} as widened {rows}x{vocab}")
         greedy = temperature <= 0
-        same(chosen[greedy], logits.argmax(-1)[greedy], f"greedy {rows}x{vocab}")
+        same(chosen[greedy], logits.float().argmax(-1)[greedy], f"greedy {rows}x{vocab}")
         score = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1) - torch.log(-torch.log(reference.uniform(seeds, positions, vocab)))
         lost = (score.max(-1).values - score.gather(1, chosen.unsqueeze(1)).squeeze(1))[~greedy]
         assert (lost < 1e-3).all(), f"sample {rows}x{vocab}: not the maximum, by {float(lost.max()):.2e}"  # logarithms differ in the last bits
@@ -404,7 +423,7 @@ def check_sample(device: str, dtype: torch.dtype, full: bool) -> None:
     on, off = torch.ones(len(flat), device=device), torch.zeros(len(flat), device=device)
     want = reference.uniform(seeds, positions, 300).argmax(-1).int()
     for filtered in (False, True):
-        same(ops.sample(flat, on, off.int(), on, off, seeds, positions, filtered), want, "random bits equal the reference's")
+        same(drawn(ops, flat, on, off.int(), on, off, seeds, positions, filtered), want, "random bits equal the reference's")
 
 
 def check_filters(device: str, dtype: torch.dtype, full: bool) -> None:
@@ -415,7 +434,7 @@ def check_filters(device: str, dtype: torch.dtype, full: bool) -> None:
         scaled = logits / torch.where(temperature <= 0, 1.0, temperature).unsqueeze(1)
         kept = reference._filter(scaled, top_k, top_p, min_p)
         for draw in range(20 if full else 1):
-            chosen = ops.sample(logits, temperature, top_k, top_p, min_p, seeds + draw, positions, True).long()
+            chosen = drawn(ops, logits, temperature, top_k, top_p, min_p, seeds + draw, positions, True).long()
             score = kept - torch.log(-torch.log(reference.uniform(seeds + draw, positions, vocab)))
             score = torch.where((temperature <= 0).unsqueeze(1), logits, score)
             lost = score.max(-1).values - score.gather(1, chosen.unsqueeze(1)).squeeze(1)
@@ -426,7 +445,7 @@ def check_filters(device: str, dtype: torch.dtype, full: bool) -> None:
         levels = torch.randint(0, 4, (1, 64), device=device).float().repeat(count, 1)
         one, seeds = torch.ones(count, device=device), torch.arange(count, device=device)
         args = (levels, one * 100, (one * k).int(), one * p, one * m, seeds, torch.zeros_like(seeds).int(), True)
-        same(ops.sample(*args), ref.sample(*args), f"ties k={k} p={p} min_p={m}")
+        same(drawn(ops, *args), reference.sample(*args), f"ties k={k} p={p} min_p={m}")
 
 
 def check_penalties(device: str, dtype: torch.dtype, full: bool) -> None:

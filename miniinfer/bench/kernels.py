@@ -177,12 +177,13 @@ def sample_cases(ops: Ops) -> Iterator[Case]:
         for filtered in (False, True):
 
             def make(rows: int = rows, filtered: bool = filtered) -> tuple[Callable[[], object], Callable[[], object]]:
-                one = torch.ones(rows, device="cuda")
-                logits, seeds = torch.randn(rows, VOCAB, device="cuda") * 4, torch.arange(rows, device="cuda")
-                args = (logits, one * 0.6, (one * 50 * filtered).int(), one - 0.1 * filtered, one * 0, seeds, ints(range(rows)), filtered)
-                return lambda: ops.sample(*args), lambda: REFERENCE.sample(*args)
+                one, each, tokens = torch.ones(rows, device="cuda"), ints(range(rows)), torch.zeros(rows, rows, dtype=torch.int32, device="cuda")
+                logits = (torch.randn(rows, VOCAB, device="cuda") * 4).bfloat16()
+                settings = one * 0.6, (one * 50 * filtered).int(), one - 0.1 * filtered, one * 0, each.long()
+                args = (logits, each, each, tokens, *settings, filtered)
+                return lambda: ops.sample_rows(*args), lambda: REFERENCE.sample_rows(*args)
 
-            yield Case(f"sample {rows}x{VOCAB}{', top-k and top-p' if filtered else ''}", rows * VOCAB * 4, 0, make)
+            yield Case(f"sample {rows}x{VOCAB}{', top-k and top-p' if filtered else ''}", rows * VOCAB * 2, 0, make)
 
 
 def step_cases(ops: Ops) -> Iterator[Case]:

@@ -17,32 +17,22 @@ from miniinfer.kernels import Ops
 def sample(logits: Tensor, rows: Rows, batch_rows: Tensor, positions: Tensor, flags: int, max_length: int, ops: Ops) -> Tensor:
     """Draws one token per entry and writes it to its row, where the next step will read it.
 
-    logits [S, V] fp32; batch_rows [S] int32; positions [S] int32: where the new token goes (= tokens computed so far); flags: union of
-    FILTERED, PENALIZED and BIASED over the entries; max_length bounds positions. Returns tokens [S] int32."""
-    index = batch_rows.long()
-    floats, params = rows.floats[index], rows.params[index]
+    logits [S, V] of any float dtype; batch_rows [S] int32; positions [S] int32: where the new token goes (= tokens computed so far); flags: union
+    of FILTERED, PENALIZED and BIASED over the entries; max_length bounds positions. Returns tokens [S] int32."""
+    floats, params = rows.floats, rows.params
     if flags & BIASED:
-        logits = _bias(logits, rows, index, positions < params[:, layout.MIN_TOTAL])
+        logits = _bias(logits.float(), rows, batch_rows.long(), positions)
     if flags & PENALIZED:
-        penalties = floats[:, layout.REPETITION], floats[:, layout.PRESENCE], floats[:, layout.FREQUENCY]
-        logits = ops.apply_penalties(logits, rows.tokens, batch_rows, params[:, layout.PROMPT_LEN], positions, *penalties, max_length)
-    tokens = ops.sample(
-        logits,
-        floats[:, layout.TEMPERATURE],
-        params[:, layout.TOP_K],
-        floats[:, layout.TOP_P],
-        floats[:, layout.MIN_P],
-        rows.seeds[index],
-        positions,
-        bool(flags & FILTERED),
-    )
-    rows.tokens.index_put_((index, positions.long()), tokens)
-    return tokens
+        index = batch_rows.long()
+        penalties = [floats[index, column] for column in (layout.REPETITION, layout.PRESENCE, layout.FREQUENCY)]
+        logits = ops.apply_penalties(logits, rows.tokens, batch_rows, params[index, layout.PROMPT_LEN], positions, *penalties, max_length)
+    settings = floats[:, layout.TEMPERATURE], params[:, layout.TOP_K], floats[:, layout.TOP_P], floats[:, layout.MIN_P], rows.seeds
+    return ops.sample_rows(logits, batch_rows, positions, rows.tokens, *settings, bool(flags & FILTERED))
 
 
-def _bias(logits: Tensor, rows: Rows, index: Tensor, too_short: Tensor) -> Tensor:
+def _bias(logits: Tensor, rows: Rows, index: Tensor, positions: Tensor) -> Tensor:
     """Adds the logit bias; takes the held-back stop ids out of rows that are still shorter than min_tokens. Unused columns add 0 to id 0."""
-    held = rows.held_mask[index] & too_short.unsqueeze(1)
+    held = rows.held_mask[index] & (positions < rows.params[index, layout.MIN_TOTAL]).unsqueeze(1)
     suppress = torch.zeros(held.shape, device=logits.device).masked_fill_(held, float("-inf"))
     logits = logits.scatter_add(1, rows.bias_ids[index], rows.bias_values[index])
     return logits.scatter_add_(1, rows.held_ids[index], suppress)
@@ -51,9 +41,9 @@ def _bias(logits: Tensor, rows: Rows, index: Tensor, too_short: Tensor) -> Tenso
 def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the model's own distribution (no bias, penalty, temperature or filter, as vLLM's default).
 
-    logits [S, V] fp32, tokens [S]; count >= 0 alternatives. Returns ids [S, 1 + count] int32 (the token itself, then the likeliest),
+    logits [S, V] of any float dtype, tokens [S]; count >= 0 alternatives. Returns ids [S, 1 + count] int32 (the token itself, then the likeliest),
     values fp32 and ranks int32 of the same shape (1 = likeliest)."""
-    values = logits.log_softmax(-1)
+    values = logits.log_softmax(-1, dtype=torch.float32)
     index = tokens.long().unsqueeze(1)
     own = values.gather(1, index)
     rank = (values > own).sum(1, keepdim=True, dtype=torch.int32) + 1

@@ -188,7 +188,8 @@ def sample_rows(
     temperature, top_p, min_p [R] fp32, top_k [R] int32, seeds [R] int64. `draw`: see `sample`, which is the default. Returns [S] int32."""
     index = rows.long()
     settings = (t[index] for t in (temperature, top_k, top_p, min_p, seeds))
-    chosen = (draw or sample)(logits.float(), *settings, positions, filtered)
+    choose: Callable[..., Tensor] = draw or sample
+    chosen = choose(logits.float(), *settings, positions, filtered)
     tokens[index, positions.long()] = chosen
     return chosen
 
@@ -231,8 +232,9 @@ def apply_penalties(
 ) -> Tensor:  # fmt: skip
     """Repetition [Keskar 2019], presence and frequency penalties, from the tokens themselves: no counts are kept, so resume needs nothing.
 
-    logits [B, V] fp32; tokens [R, L] int32 device rows; rows, prompt_lens, lengths [B] int32: row b has lengths[b] tokens,
-    prompt_lens[b] of them prompt. Repetition counts prompt and output tokens, the other two output tokens only. Returns new logits [B, V]."""
+    logits [B, V] of any float dtype; tokens [R, L] int32 device rows; rows, prompt_lens, lengths [B] int32: row b has lengths[b] tokens,
+    prompt_lens[b] of them prompt. Repetition counts prompt and output tokens, the other two output tokens only. Returns new logits [B, V] fp32."""
+    logits = logits.float()
     batch, vocab = logits.shape
     known = tokens[rows.long(), :max_length].long()
     at = torch.arange(known.shape[1], device=logits.device)

@@ -73,8 +73,8 @@ class Decoder(Layer):
         return self.norm(x, residual, batch.ops)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> fp32 [n, vocab]: the product in the parameters' dtype, its result widened."""
-        return self.head(hidden).float()
+        """[n, hidden] -> [n, vocab] in the parameters' dtype; sampling, log-probabilities and losses compute in fp32 from there."""
+        return self.head(hidden)
 
     def pack(self, pack_linear: Packer) -> None:
         """Packs every linear layer, the head included. See Linear.pack."""

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tokens of weight * -log p(target). logits [n, V] fp32, targets [n] int64, weights [n] fp32 -> scalar fp32."""
-    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    """Sum over tokens of weight * -log p(target). logits [n, V] of any float dtype, targets [n] int64, weights [n] fp32 -> scalar fp32."""
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()

@@ -42,6 +42,7 @@ def test_no_kernel_waits_for_the_device() -> None:
     qkv = torch.randn(1000, (heads + 2 * kv_heads) * dim, device=device)
     router, w13, w2 = (torch.randn(*s, device=device) * 0.05 for s in ((hidden, experts), (experts, 2 * inner, hidden), (experts, hidden, inner)))
     _, temperature, top_k, top_p, min_p, seeds, _ = sampling_case(device, batch, hidden, True)
+    drawn = torch.zeros(batch, 600, dtype=torch.int32, device=device)
     buffers = [torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(4)]
 
     def step(table_of_ops) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,8 +53,9 @@ def test_no_kernel_waits_for_the_device() -> None:
         x, residual = table_of_ops.add_rms_norm(x, qkv[ids.long(), :hidden].contiguous(), weight, 1e-6)
         x = table_of_ops.moe(x, x @ router, w13, w2, 2, True) + residual
         logits = table_of_ops.apply_penalties(x, tokens, rows, starts, lengths, temperature + 1, temperature, temperature, 600)
-        plain = table_of_ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions, False)
-        return logits, plain, table_of_ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions, True)
+        places = torch.arange(batch, dtype=torch.int32, device=device), positions, drawn
+        plain = table_of_ops.sample_rows(logits, *places, temperature, top_k, top_p, min_p, seeds, False)
+        return logits, plain, table_of_ops.sample_rows(logits, *places, temperature, top_k, top_p, min_p, seeds, True)
 
     step(ops)
     torch.cuda.synchronize()

@@ -7,10 +7,14 @@ sort; ties at that threshold are kept by index, as a stable sort keeps them. Ran
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from miniinfer.kernels.triton.pdl import begin, launch_options
 
 SAMPLE_BLOCK = 4096  # entries a program of the one-pass kernel reads
 FILTER_BLOCK = 8192  # entries that a row's program of the filter kernel holds at once
@@ -25,45 +29,27 @@ def _mix(x):
 
 
 @triton.jit
-def _row_key(seeds, positions, row):
+def _row_key(seed, position):
     """The row's 32-bit key, as kernels/reference.py `uniform` defines it."""
-    seed = tl.load(seeds + row)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return _mix(_mix(_mix(low) ^ high) ^ tl.load(positions + row).to(tl.uint32))
+    return _mix(_mix(_mix(low) ^ high) ^ position.to(tl.uint32))
 
 
 @triton.jit
 def _gumbel(key, ids):
     bits = _mix(_mix((ids.to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)) ^ key) + key)
-    u = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+    # (bits >> 9) + 0.5 over 2^23: the bits as the mantissa of a number from 1 to 2, and an exact difference.
+    u = ((bits >> 9) | tl.full([], 0x3F800000, tl.uint32)).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     return -tl.log(-tl.log(u))
 
 
 @triton.jit
-def _sample_kernel(logits, temperature, seeds, positions, best_value, best_id, vocab, logits_stride, BLOCK: tl.constexpr):
-    """Program (b, i): the best of block i of row b."""
-    row = tl.program_id(0)
-    part = tl.program_id(1)
-    ids = part * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(logits + row.to(tl.int64) * logits_stride + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
-    heat = tl.load(temperature + row)
+def _score(value, ids, heat, key):
+    """What the draw maximizes: value / heat plus noise; the value itself where heat is 0."""
     if heat > 0:
-        score = tl.where(ids < vocab, tl.div_rn(score, heat) + _gumbel(_row_key(seeds, positions, row), ids), -float("inf"))
-    value, at = tl.max(score, 0, return_indices=True)  # ties to the lower index
-    place = row * tl.num_programs(1) + part
-    tl.store(best_value + place, value)
-    tl.store(best_id + place, part * BLOCK + at)
-
-
-@triton.jit
-def _pick_kernel(best_value, best_id, out, parts, vocab, BLOCK: tl.constexpr):
-    """Program b: the best of a row's parts."""
-    row = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
-    value = tl.load(best_value + row * parts + offs, mask=offs < parts, other=-float("inf"))
-    at = tl.argmax(value, 0)
-    tl.store(out + row, tl.minimum(tl.load(best_id + row * parts + tl.minimum(at, parts - 1)), vocab - 1))
+        value = tl.div_rn(value, heat) + _gumbel(key, ids)
+    return value
 
 
 @triton.jit
@@ -72,6 +58,54 @@ def _order(x):
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     sign = tl.full([], 0x80000000, tl.uint32)
     return bits ^ tl.where(bits >= sign, tl.full([], 0xFFFFFFFF, tl.uint32), sign)
+
+
+@triton.jit
+def _pack(value, index):
+    """A uint64 that is the larger for the larger value, of equal ones for the lower index."""
+    return (_order(value).to(tl.uint64) << 32) | (-1 - index).to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def _packed_id(packed):
+    return -1 - (packed & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _last_arrival(arrivals, parts):
+    """Whether the calling program is the last of `parts` to get here. It then sees what all of them stored before, and the counter is 0 again."""
+    tl.debug_barrier()  # the stores of all of this program's threads
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def _draw_kernel(
+    logits, rows, positions, tokens, temperature, seeds, best, arrivals, out, vocab,
+    logits_stride, tokens_stride, temperature_stride, seeds_stride, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (i, s): the best of block i of entry s; the last program of an entry takes the best of its blocks."""
+    begin(PDL)
+    part = tl.program_id(0)
+    parts = tl.num_programs(0)
+    entry = tl.program_id(1)
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + entry.to(tl.int64) * logits_stride + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
+    row = tl.load(rows + entry).to(tl.int64)
+    position = tl.load(positions + entry)
+    key = _row_key(tl.load(seeds + row * seeds_stride), position)
+    score = _score(value, ids, tl.load(temperature + row * temperature_stride), key)
+    score = tl.where((ids < vocab) & (score == score), score, -float("inf"))
+    top, at = tl.max(score, 0, return_indices=True)  # ties to the lower index
+    tl.store(best + entry * parts + part, _pack(top, part * BLOCK + at).to(tl.int64, bitcast=True))
+    if _last_arrival(arrivals + entry, parts):
+        each = tl.arange(0, PARTS)
+        found = tl.load(best + entry * parts + each, mask=each < parts, other=0, cache_modifier=".cg").to(tl.uint64, bitcast=True)
+        token = _packed_id(tl.max(found, 0))
+        tl.store(out + entry, token)
+        tl.store(tokens + row * tokens_stride + position, token)
 
 
 @triton.jit
@@ -122,16 +156,22 @@ def _threshold(row, heat, top, vocab, lo, hi, limit, WEIGHTED: tl.constexpr, BLO
 
 
 @triton.jit
-def _filter_sample_kernel(logits, temperature, top_k, top_p, min_p, seeds, positions, out, vocab, logits_stride, BLOCK: tl.constexpr):
+def _filter_sample_kernel(
+    logits, rows, positions, tokens, temperature, top_k, top_p, min_p, seeds, out, vocab,
+    logits_stride, tokens_stride, settings_stride, seeds_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program b: row b's threshold, then the best survivor. All three filters keep a prefix of the sorted row, so one threshold says it all."""
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * logits_stride
-    heat = tl.load(temperature + index)
+    device_row = tl.load(rows + index).to(tl.int64)
+    position = tl.load(positions + index)
+    setting = device_row * settings_stride
+    heat = tl.load(temperature + setting)
     greedy = heat <= 0
     heat = tl.where(greedy, 1.0, heat)
-    keep_k = tl.where(greedy, 0, tl.load(top_k + index))
-    keep_p = tl.where(greedy, 1.0, tl.load(top_p + index))
-    floor = tl.where(greedy, 0.0, tl.load(min_p + index))
+    keep_k = tl.where(greedy, 0, tl.load(top_k + setting))
+    keep_p = tl.where(greedy, 1.0, tl.load(top_p + setting))
+    floor = tl.where(greedy, 0.0, tl.load(min_p + setting))
 
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -158,7 +198,7 @@ def _filter_sample_kernel(logits, temperature, top_k, top_p, min_p, seeds, posit
         ties = tl.where(found == threshold, tl.minimum(ties, needed), needed)
         threshold = found
 
-    key = _row_key(seeds, positions, index)
+    key = _row_key(tl.load(seeds + device_row * seeds_stride), position)
     best = float("-inf")
     best_id = 0
     seen = 0
@@ -176,31 +216,43 @@ def _filter_sample_kernel(logits, temperature, top_k, top_p, min_p, seeds, posit
         best_id = tl.where(part > best, start + at, best_id)
         best = tl.maximum(part, best)
     tl.store(out + index, best_id)
+    tl.store(tokens + device_row * tokens_stride + position, best_id)
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor, filtered: bool
-) -> Tensor:
-    """As the reference. Where a cumulative mass meets top_p to the last bits of fp32, sums in another order may keep one token more or less."""
-    rows, vocab = logits.shape
-    assert logits.stride(1) == 1
-    out = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    if not rows:
+@cache
+def _arrival_counters(device: torch.device, entries: int) -> Tensor:
+    """Zeros that every launch leaves zero. Kept for good: graphs hold their address."""
+    return torch.zeros(entries, dtype=torch.int32, device=device)
+
+
+def sample_rows(
+    logits: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    seeds: Tensor, filtered: bool,
+) -> Tensor:  # fmt: skip
+    """As the reference. Where a cumulative mass meets top_p to the last bits of fp32, sums in another order may keep one token more or less.
+    A number of entries must have been run once before it is captured into a graph."""
+    entries, vocab = logits.shape
+    settings_stride = temperature.stride(0)
+    assert logits.stride(1) == 1 and tokens.stride(1) == 1 and all(t.stride(0) == settings_stride for t in (top_k, top_p, min_p))
+    out = torch.empty(entries, dtype=torch.int32, device=logits.device)
+    if not entries:
         return out
-    options = [t.contiguous() for t in (temperature, top_k, top_p, min_p, seeds, positions)]  # columns of the device rows
-    temperature, top_k, top_p, min_p, seeds, positions = options
+    strides = logits.stride(0), tokens.stride(0), settings_stride, seeds.stride(0)
     if filtered:
         block = min(FILTER_BLOCK, triton.next_power_of_2(vocab))
-        _filter_sample_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, seeds, positions, out, vocab, logits.stride(0),
+        _filter_sample_kernel[(entries,)](
+            logits, rows, positions, tokens, temperature, top_k, top_p, min_p, seeds, out, vocab, *strides,
             BLOCK=block, num_warps=min(32, max(4, block // 256)),
         )  # fmt: skip
         return out
-    parts = triton.cdiv(vocab, SAMPLE_BLOCK)
-    values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    _sample_kernel[(rows, parts)](logits, temperature, seeds, positions, values, ids, vocab, logits.stride(0), BLOCK=SAMPLE_BLOCK, num_warps=8)
-    _pick_kernel[(rows,)](values, ids, out, parts, vocab, BLOCK=triton.next_power_of_2(parts), num_warps=1)
+    block = SAMPLE_BLOCK if entries > 8 else 1024
+    parts = triton.cdiv(vocab, block)
+    best = torch.empty(entries, parts, dtype=torch.int64, device=logits.device)
+    arrivals = _arrival_counters(logits.device, triton.next_power_of_2(max(entries, 1024)))
+    _draw_kernel[(parts, entries)](
+        logits, rows, positions, tokens, temperature, seeds, best, arrivals, out, vocab, *strides,
+        BLOCK=block, PARTS=triton.next_power_of_2(parts), num_warps=block // 512, **launch_options(entries),
+    )  # fmt: skip
     return out
 
 
