@@ -46,6 +46,7 @@ class Result:
 def measure(calls: list[Callable[[], object]], repeats: int = 20) -> float:
     """Microseconds a call: median over replays of one graph that makes all calls, at least 20."""
     calls = calls * max(1, -(-20 // len(calls)))
+    torch.cuda.synchronize()  # the inputs are made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:3]:
