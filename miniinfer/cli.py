@@ -186,7 +186,7 @@ def _generate_options(parser: Parser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to continue")
     add_options(parser, GenerateOptions)
     _sampling_options(parser, "n")
-    add_options(parser, EngineConfig, skip=("skip_tokenizer_init",))
+    add_options(parser, EngineConfig, skip=("skip_tokenizer_init", "profile"))
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -241,7 +241,7 @@ class ChatOptions:
 def _chat_options(parser: Parser) -> None:
     add_options(parser, ChatOptions)
     _sampling_options(parser)
-    add_options(parser, EngineConfig, positional="model", skip=("skip_tokenizer_init",))
+    add_options(parser, EngineConfig, positional="model", skip=("skip_tokenizer_init", "profile"))
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -325,6 +325,7 @@ class EngineConfig:
     deterministic: bool = opt(False, "the same request gives bitwise the same output alone, in any batch, cached or cold; a little slower")
     kernels: str = opt("auto", "implementation of the operations", ("auto", "reference", "triton", "cpu"))
     num_threads: int | None = opt(None, "CPU threads of the engine (all cores)")
+    profile: str | None = opt(None, "folder for profiles of steps: between POST /start_profile and /stop_profile, or of each workload")
     disable_log_stats: bool = opt(False, "do not log throughput every ten seconds")
 
     def __post_init__(self) -> None:

@@ -187,7 +187,7 @@ class Abort(msgspec.Struct, tag=True, array_like=True):
 
 
 class Control(msgspec.Struct, tag=True, array_like=True):
-    """To the engine: a command outside the request flow ("stats", "reset_prefix_cache", "check"); answered by Reply."""
+    """To the engine: a command outside the request flow ("stats", "reset_prefix_cache", "check", "start_profile" and others); answered by Reply."""
 
     id: int
     command: str

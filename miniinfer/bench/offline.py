@@ -17,6 +17,7 @@ import dataclasses
 import json
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,15 @@ class Bench:
         tpot = Result(workload.name, "tpot_ms", step * 1e3, floor_step * 1e3, {"tok_per_s": batch / step, "GB_per_s": read / step / 1e9})
         return [ttft, tpot] if workload.kind == "dec" else [tpot]
 
+    def profile(self, workload: Workload) -> None:
+        """Runs the workload again, its first steps under the profiler, whose table goes to stderr: the profiler would distort what is measured."""
+        from miniinfer.engine.profile import table
+
+        self.llm.start_profile()
+        self.seconds(workload.requests)
+        figures = self.llm.stop_profile()
+        print(f"{workload.name}: {figures['trace']} (for ui.perfetto.dev)\n{table(figures)}", file=sys.stderr)
+
 
 def main(config: EngineConfig, bench: OfflineBench) -> int:
     """Runs the workloads one after the other on one engine and prints their figures; the last line is one JSON object."""
@@ -176,6 +186,8 @@ def main(config: EngineConfig, bench: OfflineBench) -> int:
             results.append(result)
             if not bench.json:
                 print(result.line(), flush=True)
+        if config.profile is not None:
+            runner.profile(workload)
     print(json.dumps(summary(config, runner, results)))
     return 0
 

@@ -245,7 +245,7 @@ class AsyncEngine:
             self._send(Abort(ids))
 
     async def control(self, command: str) -> Any:
-        """The engine's answer to a command outside the request flow ("stats", "check", "reset_prefix_cache"). RuntimeError if it fails there."""
+        """The engine's answer to a command outside the request flow ("stats", "check", "start_profile", ...). RuntimeError if it fails there."""
         self._check_alive()
         id = next(self._reply_ids)
         reply = self._replies[id] = asyncio.get_running_loop().create_future()

@@ -19,6 +19,7 @@ from miniinfer import kernels
 from miniinfer.cache.manager import CacheManager
 from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
 from miniinfer.data import Add, SequenceUpdate
+from miniinfer.engine.profile import Profiler
 from miniinfer.engine.runner import GIB, Pending, Runner, synchronize
 from miniinfer.engine.scheduler import Scheduler
 from miniinfer.models import registry, weights
@@ -62,6 +63,7 @@ class EngineCore:
             deterministic=config.deterministic,
         )
         self.pending: Pending | None = None
+        self.profiler = Profiler(config.profile, device.type == "cuda")
         done = synchronize(device)
         self.info = self._describe(folder, shape, ops.name, done - begin)
         log.info(
@@ -109,17 +111,25 @@ class EngineCore:
     def step(self) -> list[SequenceUpdate]:
         """One turn: plan and launch the next step, then apply the results that are due."""
         pending, self.pending = self.pending, None
-        plan = self.scheduler.schedule()
+        mark = self.profiler.mark
+        with mark("schedule"):
+            plan = self.scheduler.schedule()
         if plan is not None:
-            self.pending = self.runner.launch(plan)
+            with mark(plan):
+                self.pending = self.runner.launch(plan)
         updates = self._apply(pending) if pending is not None else []
         if self.config.overlap == 0 and self.pending is not None:
             updates += self._apply(self.pending)
             self.pending = None
+        self.profiler.end_step()
         return updates
 
     def _apply(self, pending: Pending) -> list[SequenceUpdate]:
-        return self.scheduler.apply(pending.plan, pending.result())
+        mark = self.profiler.mark
+        with mark("wait"):
+            result = pending.result()
+        with mark("apply"):
+            return self.scheduler.apply(pending.plan, result)
 
     # ------------------------------------------------------------------------------------------------------- control
 
@@ -137,7 +147,11 @@ class EngineCore:
         if command == "reset_prefix_cache":
             self.cache.reset()
             return True
-        raise ValueError(f"unknown command {command!r}; known: stats, check, reset_prefix_cache")
+        if command == "start_profile":
+            return self.profiler.start()
+        if command == "stop_profile":
+            return self.profiler.stop()
+        raise ValueError(f"unknown command {command!r}; known: stats, check, reset_prefix_cache, start_profile, stop_profile")
 
     def shutdown(self) -> None:
         """Waits for the step in flight; the memory goes with the object."""

@@ -101,6 +101,14 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def start_profile(self) -> None:
+        """Begins a profile of the steps to come. ValueError unless the LLM was made with `profile`, a folder."""
+        self.core.control("start_profile")
+
+    def stop_profile(self) -> dict[str, Any]:
+        """Ends it; figures of its steps and, as "trace", the file for ui.perfetto.dev."""
+        return self.core.control("stop_profile")
+
     def _params_for(self, number: int, given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
         if given is None:
             given = self.get_default_sampling_params()

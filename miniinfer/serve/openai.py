@@ -98,6 +98,21 @@ class Api:
     async def prometheus(self) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
+    async def start_profile(self) -> Response:
+        return await self._control("start_profile")
+
+    async def stop_profile(self) -> Response:
+        return await self._control("stop_profile")
+
+    async def _control(self, command: str) -> Response:
+        """A command to the engine, and its answer as JSON."""
+        try:
+            return JSONResponse(await self.engine.control(command))
+        except EngineDeadError:
+            raise
+        except RuntimeError as e:
+            raise ApiError(400, str(e).removeprefix("ValueError: ")) from None
+
     async def authorize(self, http: Request) -> None:
         if self.config.api_key is None:
             return
@@ -352,6 +367,8 @@ def build_app(api: Api) -> FastAPI:
     v1.add_api_route("/chat/completions", api.chat, methods=["POST"])
     v1.add_api_route("/completions", api.completions, methods=["POST"])
     app.include_router(v1)
+    for path, route in (("start_profile", api.start_profile), ("stop_profile", api.stop_profile)):
+        app.add_api_route(f"/{path}", route, methods=["POST"], dependencies=[Depends(api.authorize)])
     for path, route in (("live", api.live), ("ready", api.ready), ("health", api.ready), ("version", api.version), ("metrics", api.prometheus)):
         app.add_api_route(f"/{path}", route, methods=["GET"])
     return app
