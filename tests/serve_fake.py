@@ -15,8 +15,8 @@ from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenL
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.engine.output import OutputProcessor, validate
 from miniinfer.engine.text import Tokenizer
-from miniinfer.serve.launch import uvicorn_config
 from miniinfer.serve.openai import Api
+from miniinfer.serve.server import uvicorn_config
 
 END = 2  # <|im_end|>
 

@@ -21,7 +21,7 @@ import zmq
 
 from miniinfer.config import ConfigError, EngineConfig
 from miniinfer.data import Abort, Add, Control, Failed, Ready, Reply, SequenceUpdate, ToEngine, Updates
-from miniinfer.utils import get_logger, setup_logging
+from miniinfer.utils import get_logger, setup_logging, wake_gpu
 
 log = get_logger("engine.worker")
 
@@ -64,6 +64,8 @@ def main() -> int:
 
 def run(config: EngineConfig, core: str, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
     """Builds the core, says Ready, and serves. Whatever goes wrong is sent as Failed, and 1 returned."""
+    if config.device != "cpu":
+        wake_gpu()
     try:
         module, _, name = core.partition(":")
         engine = getattr(importlib.import_module(module), name)(config)

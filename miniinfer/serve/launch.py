@@ -1,35 +1,27 @@
-"""Starting and stopping the server: the socket, the engine, uvicorn, signals.
+"""Starting and stopping the server: the socket, the engine, signals. `serve` is what `miniinfer serve` calls.
 
-Owns the life of the server's process and what it prints. `serve` is what `miniinfer serve` calls.
+Owns the life of the server's process. Imports neither uvicorn nor FastAPI, which take half as long as torch does in the engine process:
+server.py is imported while that process starts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import shlex
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniinfer.config import ConfigError, EngineConfig, ServerConfig, read_generation_config
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
-from miniinfer.serve.metrics import log_throughput
-from miniinfer.serve.openai import Api, build_app
-from miniinfer.utils import get_logger, setup_logging
+from miniinfer.utils import setup_logging
 
-log = get_logger(__name__)
-
-DRAIN_SECONDS = 5.0  # how long a stopping server lets open requests go on
-MAX_HEAD = 64 << 10  # bytes of a request line and its headers
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from generation_config.json
 
 
@@ -51,17 +43,23 @@ async def _run(config: EngineConfig, server_config: ServerConfig, listener: sock
     signals = _Signals()
     engine = AsyncEngine(config, chat_template=server_config.chat_template)
     try:
-        await engine.start()
-        api = Api(engine, server_config, model_name(config.model, server_config), sampling_defaults(engine.info))
-        server = _Server(api, listener)
+        _, parts = await asyncio.gather(engine.start(), asyncio.to_thread(_import_server))
+        api = parts.Api(engine, server_config, model_name(config.model, server_config), sampling_defaults(engine.info))
+        server = parts.Server(api, listener)
         signals.stop = server.stop
-        throughput = None if config.disable_log_stats else asyncio.create_task(log_throughput(api.metrics, lambda: engine.stats))
+        throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(api.metrics, lambda: engine.stats))
         await server.serve(sockets=[listener])
         if throughput is not None:
             throughput.cancel()
         return 0
     finally:
         await engine.shutdown()
+
+
+def _import_server() -> ModuleType:
+    from miniinfer.serve import server
+
+    return server
 
 
 def model_name(model: str, config: ServerConfig) -> str:
@@ -88,88 +86,6 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = os.strerror(e.errno) if e.errno and e.errno > 0 else str(e)  # getaddrinfo's own numbers are negative
         raise ConfigError(f"port: cannot listen on {host}:{port} ({reason}); choose another with --port or --host") from None
     return listener
-
-
-def greeting(api: Api, listener: socket.socket) -> str:
-    """Where the server is, and a command that talks to it."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    tokenizer, url = api.engine.tokenizer, f"http://{host}:{port}/v1"
-    body: dict[str, Any] = {"model": api.model}
-    if tokenizer is None:
-        path, body = "completions", body | {"prompt": [1, 2, 3]}
-    elif "default" in tokenizer.chat_templates:
-        path, body = "chat/completions", body | {"messages": [{"role": "user", "content": "Hello! What are you?"}]}
-    else:
-        path, body = "completions", body | {"prompt": "Once upon a time"}
-    key = "" if api.config.api_key is None else " -H 'Authorization: Bearer YOUR-KEY'"
-    curl = f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-    return f"{api.model} is ready at {url} (Ctrl+C stops it). Try:\n  {curl}"
-
-
-def uvicorn_config(api: Api) -> uvicorn.Config:
-    """How uvicorn runs our application; its log has our handlers, and only errors to tell."""
-    return uvicorn.Config(
-        build_app(api),
-        port=0,  # of no effect where the socket is given
-        http=_Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=65,  # longer than the 60 s after which common proxies let go of an idle connection
-        timeout_graceful_shutdown=int(DRAIN_SECONDS) + 2,
-    )
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's connection with a limit on what comes before a body, which it would collect without end."""
-
-    _head: int | None = None  # bytes of a request's head so far; None outside of one
-
-    def on_message_begin(self) -> None:
-        self._head = 0
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._head = None
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head is None or self.transport.is_closing():
-            return
-        self._head += len(data)
-        if self._head > MAX_HEAD:
-            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn under our own signal handling: drain, then abort what is left; a second signal aborts at once."""
-
-    def __init__(self, api: Api, listener: socket.socket) -> None:
-        super().__init__(uvicorn_config(api))
-        self._api, self._greeting = api, greeting(api, listener)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self._greeting, flush=True)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def stop(self) -> None:
-        """First call: no new requests, those that run may end within DRAIN_SECONDS. Second call: abort them."""
-        if self.should_exit:
-            self._api.abort_all()
-            self.force_exit = True
-            return
-        log.info("stopping; %d requests may end within %.0f s, a second signal aborts them", self._api.unfinished, DRAIN_SECONDS)
-        self._api.draining = self.should_exit = True
-        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._api.abort_all)
 
 
 class _Signals:

@@ -13,8 +13,8 @@ from serve_process import ServerProcess, raw_request, stream, wait_for
 
 from miniinfer.config import EngineConfig, ServerConfig
 from miniinfer.engine.client import AsyncEngine
-from miniinfer.serve.launch import uvicorn_config
 from miniinfer.serve.openai import Api
+from miniinfer.serve.server import uvicorn_config
 
 CLIENTS = 256
 

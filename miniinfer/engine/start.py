@@ -1,0 +1,118 @@
+"""Start-up: from a checkpoint to a runner whose first step is as fast as any other.
+
+Owns the order of things. Kernels depend on a model's shape, not on its weights, so on a GPU they are compiled while the weights are read:
+a dry run over the shapes that steps can have finds them (kernels/triton/rehearsal.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from miniinfer.config import ConfigError, EngineConfig, ModelConfig
+from miniinfer.data import RowInit, SamplingParams, StepPlan
+from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, Shape
+from miniinfer.engine.runner import GIB, Runner, synchronize
+from miniinfer.kernels import Ops
+from miniinfer.models import registry, weights
+from miniinfer.models.decoder import Block, Decoder
+
+Progress = Callable[[int, int], None]
+
+
+def start(
+    folder: Path, shape: ModelConfig, config: EngineConfig, ops: Ops, device: torch.device, progress: Progress | None
+) -> tuple[Runner, dict[str, float]]:
+    """A runner with its weights and, on a GPU, its kernels; and how many seconds after the call each stage was done.
+
+    ConfigError if the model cannot fit, or a tensor is missing, extra or misshapen."""
+    begin, done = time.perf_counter(), {}
+    model = _build(shape, config, device)
+    done["memory"] = synchronize(device) - begin
+
+    def fill() -> None:
+        if config.load_format == "dummy":
+            weights.init_dummy(model, config.seed)
+        else:
+            weights.load(model, folder, progress)
+        done["weights"] = synchronize(device) - begin
+
+    if ops.name != "triton":
+        fill()
+        _pack(model, ops)
+        runner = Runner(config, model, ops, device)
+        done["ready"] = synchronize(device) - begin
+        return runner, done
+    _pack(model, ops)  # rearranges nothing, so the values may follow
+    runner = Runner(config, model, ops, device)
+    with ThreadPoolExecutor(1, "weights") as side:
+        loading = side.submit(fill)
+        rehearse(runner)
+        done["kernels"] = time.perf_counter() - begin
+        loading.result()
+    first_steps(runner)
+    done["ready"] = synchronize(device) - begin
+    return runner, done
+
+
+def _build(shape: ModelConfig, config: EngineConfig, device: torch.device) -> Decoder:
+    """The model without values, on the device."""
+    dtype = getattr(torch, config.dtype)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = shape.num_parameters * dtype.itemsize
+        if needed > free:
+            raise ConfigError(f"model: {config.model} needs {needed / GIB:.1f} GiB for its weights, but the GPU has {free / GIB:.1f} GiB free")
+    return registry.build(shape, dtype, device, config.max_model_len).eval().requires_grad_(False)
+
+
+def _pack(model: Decoder, ops: Ops) -> None:
+    if ops.pack_linear is not None:
+        model.pack(ops.pack_linear)
+
+
+def shapes(runner: Runner) -> list[Shape]:
+    """Steps that between them launch the kernels of nearly all others: prompts alone and beside decodes, and decodes, at powers of two."""
+    config, longest = runner.config, runner.max_length
+    assert config.max_num_batched_tokens and config.max_num_seqs
+    prompts = [n for n in _powers(config.max_num_batched_tokens) if n > 2]
+    mixed = [Shape(n, b, n, longest, DRAW) for n in prompts for b in (1, 2) if b <= config.max_num_seqs]
+    return mixed + [Shape(n, n, 1, longest, ending) for n in _powers(config.max_num_seqs) for ending in (DRAW, FILTERED_DRAW)]
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << i for i in range(limit.bit_length()) if 1 << i < limit] + [limit]
+
+
+@torch.inference_mode()
+def rehearse(runner: Runner) -> None:
+    """Compiles and loads the kernels that steps will launch. No kernel of ours runs, so neither rows nor KV pages change; what torch itself
+    computes on the way goes nowhere."""
+    from miniinfer.kernels.triton.rehearsal import rehearsal  # Triton is there if these kernels are
+
+    model, layers = runner.model, runner.model.layers
+    kinds: dict[tuple[type, int], list[Block]] = {}
+    for layer in layers:
+        block = cast(Block, layer)
+        kinds.setdefault((type(block.mlp), block.attention.window), []).append(block)
+    model.layers = nn.ModuleList(layer for alike in kinds.values() for layer in alike[:2])  # they launch what all do
+    try:
+        with rehearsal():
+            for shape in shapes(runner):
+                runner.graphs.step(shape)
+    finally:
+        model.layers = layers
+
+
+def first_steps(runner: Runner) -> None:
+    """A prompt and a token of the row that belongs to nobody, in the page that belongs to nobody: the libraries' own start-up, the first graph."""
+    row = runner.rows.dummy
+    init = RowInit(row, [0] * 8, 8, 0, SamplingParams(), [])
+    for start, count, inits in ((0, 8, [init]), (8, 1, [])):
+        runner.launch(StepPlan(0, [row], [start], [count], [True], inits, [], [])).result()

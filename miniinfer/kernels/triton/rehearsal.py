@@ -1,0 +1,49 @@
+"""Compiling kernels ahead of their first launch, many at once.
+
+Triton compiles a kernel when it is first launched, and the launch waits: a model's first steps would compile some twenty kernels one after
+the other. Within `rehearsal` a launch only has its kernel compiled, by a pool of threads, so that a dry run of those steps finds what they
+need, in their own words and with nothing to keep up to date, and all cores compile it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITFunction
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Launches within compile and do not run, in all threads: tensors that kernels would write stay as they are. At the end every kernel is
+    compiled and loaded, but those that cannot be; their launches will raise."""
+    if triton.knobs.runtime.interpret:
+        yield
+        return
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = compile_only
+    try:
+        with _Compilers(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        JITFunction.run = run
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads suffice: most of a compilation is done by LLVM and ptxas, without the GIL."""
+
+    def submit(self, compile: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        def compile_and_load() -> Any:
+            kernel = compile()
+            kernel.run  # noqa: B018  # a property: makes the launcher and loads the binary
+            return kernel
+
+        return super().submit(compile_and_load)
