@@ -20,10 +20,9 @@ from miniinfer.cache.manager import CacheManager
 from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
 from miniinfer.data import Add, SequenceUpdate
 from miniinfer.engine.profile import Profiler
-from miniinfer.engine.runner import GIB, Pending, Runner, synchronize
+from miniinfer.engine.runner import Pending
 from miniinfer.engine.scheduler import Scheduler
-from miniinfer.models import registry, weights
-from miniinfer.models.decoder import Decoder
+from miniinfer.engine.start import start
 from miniinfer.models.hub import resolve_folder
 from miniinfer.utils import get_logger
 
@@ -36,7 +35,6 @@ class EngineCore:
     def __init__(
         self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic, progress: Callable[[int, int], None] | None = None
     ) -> None:
-        begin = time.perf_counter()
         self.clock = clock
         folder = resolve_folder(config.model, config.revision)
         shape = ModelConfig.from_folder(folder)
@@ -48,9 +46,8 @@ class EngineCore:
             ops = kernels.select(config.kernels, device.type, config.deterministic)
         except RuntimeError as e:
             raise ConfigError(str(e)) from e
-        self.model = load_model(folder, shape, config, ops, device, progress)
-        loaded = synchronize(device)
-        self.runner = Runner(config, self.model, ops, device)
+        self.runner, seconds = start(folder, shape, config, ops, device, progress)
+        self.model = self.runner.model
         assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
         self.cache = CacheManager(shape.state_kinds, self.runner.num_pages, config.page_size, config.enable_prefix_caching, config.deterministic)
         self.scheduler = Scheduler(
@@ -64,15 +61,14 @@ class EngineCore:
         )
         self.pending: Pending | None = None
         self.profiler = Profiler(config.profile, device.type == "cuda")
-        done = synchronize(device)
-        self.info = self._describe(folder, shape, ops.name, done - begin)
+        self.info = self._describe(folder, shape, ops.name, seconds)
         log.info(
-            "%s: %.2f G parameters in %s on %s, %s kernels; %d KV pages of %d tokens; ready in %.1f s (weights %.1f s)",
+            "%s: %.2f G parameters in %s on %s, %s kernels; %d KV pages of %d tokens; done after %s",
             shape.family, shape.num_parameters / 1e9, config.dtype, device.type, ops.name, self.runner.num_pages[0], config.page_size,
-            done - begin, loaded - begin,
+            ", ".join(f"{after:.1f} s: {stage}" for stage, after in seconds.items()),
         )  # fmt: skip
 
-    def _describe(self, folder: Path, shape: ModelConfig, ops: str, seconds: float) -> dict[str, Any]:
+    def _describe(self, folder: Path, shape: ModelConfig, ops: str, seconds: dict[str, float]) -> dict[str, Any]:
         config = self.config
         return {
             "model": config.model,
@@ -88,7 +84,7 @@ class EngineCore:
             "kernels": ops,
             "page_size": config.page_size,
             "num_pages": list(self.runner.num_pages),
-            "startup_seconds": round(seconds, 3),
+            "startup_seconds": {stage: round(after, 3) for stage, after in seconds.items()},
         }
 
     # ------------------------------------------------------------------------------------------------------ requests
@@ -158,27 +154,6 @@ class EngineCore:
         if self.pending is not None:
             self.pending.result()
             self.pending = None
-
-
-def load_model(
-    folder: Path, shape: ModelConfig, config: EngineConfig, ops: kernels.Ops, device: torch.device, progress: Callable[[int, int], None] | None
-) -> Decoder:
-    """The model with its weights on the device. ConfigError if it cannot fit or a tensor is missing, extra or misshapen."""
-    dtype = getattr(torch, config.dtype)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        needed = shape.num_parameters * dtype.itemsize
-        if needed > free:
-            raise ConfigError(f"model: {config.model} needs {needed / GIB:.1f} GiB for its weights, but the GPU has {free / GIB:.1f} GiB free")
-    model = registry.build(shape, dtype, device, config.max_model_len)
-    if config.load_format == "dummy":
-        weights.init_dummy(model, config.seed)
-    else:
-        weights.load(model, folder, progress)
-    model.eval().requires_grad_(False)
-    if ops.pack_linear is not None:
-        model.pack(ops.pack_linear)
-    return model
 
 
 def _cores() -> int:
