@@ -6,10 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from harness import HYBRID, SHAPE, VOCAB, Wanted, make_core, naive, run
 
 from miniinfer.config import ConfigError
 from miniinfer.data import Add, SamplingParams
+from miniinfer.engine.graphs import Graphs
 
 
 def some_requests(count: int, seed: int = 0, length: int = 20, **params) -> list[Wanted]:
@@ -106,6 +108,21 @@ def test_stats_and_control(tmp_path: Path):
     assert core.control("check") and core.control("reset_prefix_cache")
     with pytest.raises(ValueError, match="unknown command"):
         core.control("dance")
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 33, 470, 4096, 6300])
+def test_sizes_of_graphs_waste_little_and_keep_kernels_classes(limit: int):
+    graphs = Graphs(lambda shape: torch.zeros(1), 200, limit, 1000, True)
+    for tokens in range(2, limit + 1):
+        padded, sequences = graphs.pad(tokens, 1) or (0, 0)
+        assert tokens <= padded <= max(tokens * 5 // 4, 4, 32 if tokens <= 32 else 0) and padded <= limit and sequences == 1
+        assert (padded <= 32) == (tokens <= 32)
+    assert graphs.pad(limit + 2, 1) is None
+    for sequences in range(2, 201):
+        same, _ = graphs.pad(sequences, sequences) or (0, 0)
+        assert sequences <= same <= 200
+        if sequences < limit:
+            assert sequences <= (graphs.pad(sequences + 1, sequences) or (0, 0))[1] <= min(2 * sequences, 200)
 
 
 def test_too_little_memory_is_one_clear_error(tmp_path: Path):

@@ -11,6 +11,8 @@ from harness import HYBRID, MOE, SHAPE, VOCAB, Wanted, make_core, run
 
 from miniinfer.config import ConfigError
 from miniinfer.data import SamplingParams
+from miniinfer.engine import graphs
+from miniinfer.engine.graphs import DRAW, HIDDEN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,6 +44,42 @@ def test_padding_to_a_bucket_changes_no_token(tmp_path: Path):
     eager = run(make_core(tmp_path, enforce_eager=True, **BASE), requests(11))
     graph = run(make_core(tmp_path, **BASE), requests(11))
     assert [g.tokens for g in graph] == [g.tokens for g in eager]
+
+
+@pytest.mark.parametrize("shape", [SHAPE, HYBRID, MOE], ids=["dense", "hybrid", "moe"])
+def test_graphs_of_prompts(tmp_path: Path, shape: dict):
+    """Whether a step is computed eagerly, captured or replayed changes no bit; nor do padding tokens and sequences, for the tokens."""
+    options = {**BASE, "enable_prefix_caching": False}
+    wanted = [w for size in (19, 40, 7) for w in requests(3, length=6, size=size)]
+    drawn = [Wanted(w.prompt, SamplingParams(temperature=0.8, seed=7, max_tokens=6, ignore_eos=True)) for w in wanted]
+    core = make_core(tmp_path, shape, **options)
+    for each in (wanted, drawn):  # graphs that end with hidden states, and with tokens
+        eager = run(make_core(tmp_path, shape, enforce_eager=True, **options), each, stagger=1)
+        times = [outcome(run(core, each, stagger=1, prefix=f"{i}")) for i in range(3)]
+        assert times[1] == times[0] and times[2] == times[0]
+        assert [tokens for tokens, _ in times[0]] == [g.tokens for g in eager]
+    shapes = list(core.runner.graphs.captured)
+    assert {s.ending for s in shapes if s.max_query > 1} == {HIDDEN, DRAW}
+    assert any(s.max_query > 1 and s.sequences > 1 for s in shapes)
+
+
+def test_graphs_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    core = make_core(tmp_path, **BASE)
+    many = run(core, requests(9), stagger=2)
+    assert 0 < len(core.runner.graphs.captured) <= 2
+    assert [g.tokens for g in many] == [g.tokens for g in run(make_core(tmp_path, enforce_eager=True, **BASE), requests(9), stagger=2)]
+
+
+def test_a_profile_shows_the_gpu(tmp_path: Path):
+    core = make_core(tmp_path / "model", profile=str(tmp_path / "profiles"), **BASE)
+    run(core, requests(4, length=40))
+    core.control("start_profile")
+    run(core, requests(4, length=40), prefix="again")
+    figures = core.control("stop_profile")
+    gpu = figures["gpu"]
+    assert figures["steps"] >= 40 and 0 < gpu["busy"] <= 1 and len(figures["top"]) > 5
+    assert 0 <= gpu["gap_us"]["median"] <= gpu["gap_us"]["longest"] and gpu["span_us"] > 0
 
 
 def test_overlapped_is_bitwise_synchronous(tmp_path: Path):
