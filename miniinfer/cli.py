@@ -389,6 +389,19 @@ def _offline(args: argparse.Namespace) -> int:
     return offline.main(take(EngineConfig, args), take(offline.OfflineBench, args))
 
 
+def _start_options(parser: Parser) -> None:
+    from miniinfer.bench.start import StartBench
+
+    add_options(parser, StartBench)
+    add_options(parser, EngineConfig, positional="model", skip=("skip_tokenizer_init", "profile", "disable_log_stats"))
+
+
+def _start(args: argparse.Namespace) -> int:
+    from miniinfer.bench import start
+
+    return start.main(take(EngineConfig, args), take(start.StartBench, args))
+
+
 def _serving_options(parser: Parser) -> None:
     from miniinfer.bench.serving import ServingBench
 
@@ -442,6 +455,7 @@ COMMANDS = {
     "generate": Command("continue prompts from arguments, a file or standard input", _generate_options, _generate),
     "info": Command("what a checkpoint is and the memory it needs", _info_options, _info),
     "bench offline": Command("throughput and latency of the engine beside their physical floors", _offline_options, _offline),
+    "bench start": Command("time from a process's start to the first token, by stages", _start_options, _start),
     "bench serving": Command("latency percentiles of any OpenAI-compatible server under load", _serving_options, _serving),
     "bench kernels": Command("each GPU kernel beside its ceiling and plain torch", _kernels_options, _kernels),
     "train": Command("train a small model", _train_options, _train),

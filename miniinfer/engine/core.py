@@ -35,6 +35,7 @@ class EngineCore:
     def __init__(
         self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic, progress: Callable[[int, int], None] | None = None
     ) -> None:
+        begin = time.perf_counter()
         self.clock = clock
         folder = resolve_folder(config.model, config.revision)
         shape = ModelConfig.from_folder(folder)
@@ -46,7 +47,7 @@ class EngineCore:
             ops = kernels.select(config.kernels, device.type, config.deterministic)
         except RuntimeError as e:
             raise ConfigError(str(e)) from e
-        self.runner, seconds = start(folder, shape, config, ops, device, progress)
+        self.runner, seconds = start(folder, shape, config, ops, device, progress, begin)
         self.model = self.runner.model
         assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
         self.cache = CacheManager(shape.state_kinds, self.runner.num_pages, config.page_size, config.enable_prefix_caching, config.deterministic)

@@ -27,12 +27,12 @@ Progress = Callable[[int, int], None]
 
 
 def start(
-    folder: Path, shape: ModelConfig, config: EngineConfig, ops: Ops, device: torch.device, progress: Progress | None
+    folder: Path, shape: ModelConfig, config: EngineConfig, ops: Ops, device: torch.device, progress: Progress | None, begin: float
 ) -> tuple[Runner, dict[str, float]]:
-    """A runner with its weights and, on a GPU, its kernels; and how many seconds after the call each stage was done.
+    """A runner with its weights and, on a GPU, its kernels; and how many seconds after `begin` (of time.perf_counter) each stage was done.
 
     ConfigError if the model cannot fit, or a tensor is missing, extra or misshapen."""
-    begin, done = time.perf_counter(), {}
+    done = {"device": synchronize(device) - begin}
     model = _build(shape, config, device)
     done["memory"] = synchronize(device) - begin
 
