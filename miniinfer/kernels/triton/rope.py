@@ -86,15 +86,15 @@ def rope_qkv_cache(
     tokens = qkv.shape[0]
     q = torch.empty(tokens, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     assert qkv.stride(1) == 1 and k_cache.stride()[2:] == (dim, 1) and v_cache.stride()[2:] == (dim, 1) and cos_sin.is_contiguous()
-    # A block of heads a program: one when there are few tokens to spread over the GPU, more when launches would outnumber the work.
-    heads = 1 if tokens <= 32 else 4
+    # A block of heads a program: one when there are few tokens to spread over the GPU, more when launches would outnumber the work (H200: docs/log.md).
+    heads, warps = (1, 1) if tokens <= 32 else (16, 4) if tokens <= 1024 else (8, 1)
     grid = (tokens, triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
     if tokens:
         _rope_qkv_cache_kernel[grid](
             qkv, cos_sin, positions, q_weight, k_weight, eps, q, k_cache, v_cache, slots,
             qkv.stride(0), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=dim // 2, BLOCK_HALF=triton.next_power_of_2(dim // 2),
-            PAGE_SIZE=k_cache.shape[2], BLOCK_HEADS=heads, NORM=q_weight is not None and k_weight is not None, num_warps=1,
+            PAGE_SIZE=k_cache.shape[2], BLOCK_HEADS=heads, NORM=q_weight is not None and k_weight is not None, num_warps=warps,
             **pdl.launch_options(tokens),
         )  # fmt: skip
     return q
