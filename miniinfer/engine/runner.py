@@ -102,7 +102,7 @@ class Runner:
         real, tokens = len(plan.rows), plan.num_tokens
         padded = None if plan.prompt_logprobs else self.graphs.pad(tokens, real)
         pending = self._results.begin(plan)
-        self._copy_pages(plan)
+        self.copy_pages(plan.copies)
         flags = self.rows.write(plan, padded[1] if padded else real)
         draws = not plan.prompt_logprobs and plan.logprobs < 0 and not flags & (PENALIZED | BIASED) and any(plan.samples)
         ending = HIDDEN if not draws else FILTERED_DRAW if flags & FILTERED else DRAW
@@ -122,9 +122,10 @@ class Runner:
             pending.done.record()
         return pending
 
-    def _copy_pages(self, plan: StepPlan) -> None:
+    def copy_pages(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copies whole KV pages in every layer of a kind: (kind, source, destination) each."""
         for kind, window in enumerate(self.kinds):
-            pairs = [(source, destination) for k, source, destination in plan.copies if k == kind]
+            pairs = [(source, destination) for k, source, destination in copies if k == kind]
             if pairs:
                 moved = torch.tensor(pairs, dtype=torch.int32).to(self.device)
                 layers = [c for c, w in zip(self.caches, self.model.config.windows, strict=True) if w == window]

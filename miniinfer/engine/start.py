@@ -6,6 +6,7 @@ a dry run over the shapes that steps can have finds them (kernels/triton/rehears
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,9 @@ from torch import nn
 
 from miniinfer.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer.data import RowInit, SamplingParams, StepPlan
-from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, Shape
+from miniinfer.engine import sampler
+from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, HIDDEN, Shape
+from miniinfer.engine.rows import FILTERED, PENALIZED
 from miniinfer.engine.runner import GIB, Runner, synchronize
 from miniinfer.kernels import Ops
 from miniinfer.models import registry, weights
@@ -83,7 +86,8 @@ def shapes(runner: Runner) -> list[Shape]:
     assert config.max_num_batched_tokens and config.max_num_seqs
     prompts = [n for n in _powers(config.max_num_batched_tokens) if n > 2]
     mixed = [Shape(n, b, n, longest, DRAW) for n in prompts for b in (1, 2) if b <= config.max_num_seqs]
-    return mixed + [Shape(n, n, 1, longest, ending) for n in _powers(config.max_num_seqs) for ending in (DRAW, FILTERED_DRAW)]
+    decodes = [Shape(n, n, 1, longest, ending) for n in _powers(config.max_num_seqs) for ending in (DRAW, FILTERED_DRAW)]
+    return [*mixed, *decodes, Shape(1, 1, 1, longest, HIDDEN)]
 
 
 def _powers(limit: int) -> list[int]:
@@ -96,18 +100,29 @@ def rehearse(runner: Runner) -> None:
     computes on the way goes nowhere."""
     from miniinfer.kernels.triton.rehearsal import rehearsal  # Triton is there if these kernels are
 
-    model, layers = runner.model, runner.model.layers
-    kinds: dict[tuple[type, int], list[Block]] = {}
-    for layer in layers:
-        block = cast(Block, layer)
-        kinds.setdefault((type(block.mlp), block.attention.window), []).append(block)
-    model.layers = nn.ModuleList(layer for alike in kinds.values() for layer in alike[:2])  # they launch what all do
+    model, rows, longest = runner.model, runner.rows, runner.max_length
+    runner.model = _excerpt(model)
     try:
         with rehearsal():
             for shape in shapes(runner):
-                runner.graphs.step(shape)
+                hidden = runner.graphs.step(shape)
+            logits = runner.model.logits(hidden)
+            for flags in (PENALIZED, PENALIZED | FILTERED):
+                sampler.sample(logits, rows, rows.sample_rows[:1], rows.sample_positions[:1], flags, longest, runner.ops)
+            runner.copy_pages([(kind, 0, 0) for kind in range(len(runner.kinds))])
     finally:
-        model.layers = layers
+        runner.model = model
+
+
+def _excerpt(model: Decoder) -> Decoder:
+    """The same modules, but only two layers of each kind, which launch what all do. The model itself stays whole: its weights are being read."""
+    kinds: dict[tuple[type, int], list[Block]] = {}
+    for layer in model.layers:
+        block = cast(Block, layer)
+        kinds.setdefault((type(block.mlp), block.attention.window), []).append(block)
+    excerpt = copy.copy(model)
+    excerpt._modules = {**model._modules, "layers": nn.ModuleList(block for alike in kinds.values() for block in alike[:2])}
+    return excerpt
 
 
 def first_steps(runner: Runner) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,19 +31,21 @@ def rehearsal() -> Iterator[None]:
 
     JITFunction.run = compile_only
     try:
-        with _Compilers(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with ThreadPoolExecutor(os.cpu_count()) as threads, _Mode(threads, ignore_errors=True):
             yield
     finally:
         JITFunction.run = run
 
 
-class _Compilers(ThreadPoolExecutor):
-    """Threads suffice: most of a compilation is done by LLVM and ptxas, without the GIL."""
+class _Mode(triton.AsyncCompileMode):
+    """Triton's own, but a kernel is loaded in its thread too, and known to later launches at once. Threads suffice: LLVM and ptxas, which take most
+    of the time, need no GIL."""
 
-    def submit(self, compile: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+    def submit(self, key: Any, compile: Callable[[], Any], keep: Callable[[Any], None]) -> Any:
         def compile_and_load() -> Any:
             kernel = compile()
             kernel.run  # noqa: B018  # a property: makes the launcher and loads the binary
+            keep(kernel)
             return kernel
 
-        return super().submit(compile_and_load)
+        return super().submit(key, compile_and_load, keep)

@@ -1,0 +1,77 @@
+"""Start-up: kernels and weights at the same time, and how long a process takes to its first token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_folder
+
+from miniinfer import kernels
+from miniinfer.bench.start import arguments
+from miniinfer.cli import COMMANDS, Parser, take
+from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
+from miniinfer.engine import start
+from miniinfer.engine.runner import Runner
+
+CPU = torch.device("cpu")
+
+
+def started(folder: Path, ops: kernels.Ops) -> tuple[Runner, dict[str, float]]:
+    shape = ModelConfig.from_folder(folder)
+    config = resolve(EngineConfig(model=str(folder), device="cpu", num_pages=64, max_num_seqs=4), shape, DeviceInfo("cpu", 1))
+    return start.start(folder, shape, config, ops, CPU, None, time.perf_counter())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])  # two kinds of windows; dense and sparse layers
+def test_kernels_are_rehearsed_while_weights_are_read(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but plain torch stands for the kernels and does run, after which the rows are of no use to a first step."""
+    monkeypatch.setattr(start, "first_steps", lambda runner: None)
+    folder = tiny_folder(family, tmp_path)
+    wanted, _ = started(folder, kernels.REFERENCE)
+    runner, seconds = started(folder, dataclasses.replace(kernels.REFERENCE, name="triton"))
+    assert all(torch.equal(a, b) for a, b in zip(runner.model.parameters(), wanted.model.parameters(), strict=True))
+    assert list(seconds) == sorted(seconds, key=lambda stage: seconds[stage]) and {"weights", "kernels", "ready"} <= seconds.keys()
+
+
+def test_rehearsal_takes_two_layers_of_each_kind(tmp_path: Path) -> None:
+    runner, _ = started(tiny_folder("qwen2", tmp_path), kernels.REFERENCE)
+    whole = list(runner.model.layers)
+    excerpt = start._excerpt(runner.model)
+    kept = [whole.index(layer) for layer in excerpt.layers]
+    windows = [layer.attention.window for layer in whole]
+    assert {windows[i] for i in kept} == set(windows) and len(kept) <= 2 * len(set(windows))
+    assert list(runner.model.layers) == whole and excerpt.embed is runner.model.embed
+
+
+def test_a_wrong_checkpoint_ends_a_start_with_its_own_error(tmp_path: Path) -> None:
+    folder = tiny_folder("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    with pytest.raises(ConfigError, match=r"missing: model\.layers"):
+        started(folder, dataclasses.replace(kernels.REFERENCE, name="triton"))
+
+
+def test_options_for_the_server_are_those_that_differ() -> None:
+    config = EngineConfig(model="some/where", load_format="dummy", enable_prefix_caching=False, skip_tokenizer_init=True, num_pages=7)
+    parser = Parser("serve", "")
+    COMMANDS["serve"].options(parser)
+    assert take(EngineConfig, parser.parse(arguments(config))) == config
+
+
+def test_bundled_model_answers_soon_after_its_process_starts() -> None:
+    """The bound is for slow machines; docs/performance.md has figures. The second run finds the compiled kernels."""
+    options = json.dumps({"model": "bundled", "device": "cpu"})
+    runs = [
+        subprocess.run([sys.executable, "-m", "miniinfer.bench.start"], input=options, capture_output=True, text=True, timeout=240) for _ in range(2)
+    ]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    seconds = json.loads(runs[1].stdout.splitlines()[-1])
+    assert list(seconds)[0] == "imports" and list(seconds)[-2:] == ["ready", "first token"]
+    assert list(seconds.values()) == sorted(seconds.values()) and seconds["first token"] < 60
