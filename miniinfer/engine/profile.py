@@ -50,7 +50,7 @@ class Profiler:
         except OSError as e:
             raise ValueError(f"profile: {self.folder} cannot be made: {e.strerror}") from None
         self._steps, self._last = 0, None
-        running = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.gpu else [])])
+        running = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.gpu else [])], acc_events=True)
         running.start()
         self._running = running
         return {"folder": self.folder, "most_steps": MOST_STEPS}

@@ -27,8 +27,8 @@ from miniinfer.utils import get_logger
 log = get_logger(__name__)
 
 GIB = 2**30
-LAUNCH_SECONDS = 330e-6  # host time of a layer's launches, measured with triton 3.6
-FLOPS = 6e14  # per second, of bf16 products on an H100 or H200
+LAUNCH_SECONDS = 300e-6  # host time of a layer's launches, measured with triton 3.6
+FLOPS = 5e14  # per second, of a whole step of prompts on an H200
 LOGITS_CHUNK = 1024  # prompt positions whose logits are in memory at once
 
 

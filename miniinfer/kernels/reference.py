@@ -286,8 +286,9 @@ def stage(host: Tensor, turns: Tensor, fixed: Tensor, memory: Tensor) -> None:
     n values that go there (all int32, no index twice). turns [P] int32 counts the calls in each entry and so tells whose turn it is."""
     source, size = host[int(turns[0]) & 1], len(fixed)
     fixed.copy_(source[:size])
-    where, values = source[size + 1 : size + 1 + 2 * int(source[size])].to(memory.device).view(2, -1)
-    memory[where.long()] = values
+    if count := int(source[size]):
+        where, values = source[size + 1 : size + 1 + 2 * count].to(memory.device).view(2, -1)
+        memory[where.long()] = values
     turns.add_(1)
 
 
