@@ -1,68 +1,191 @@
-"""Mixture of experts in four launches: route, gate-up product with SiLU, down product, weighted sum.
+"""Mixture of experts: routing, the launch of the products, and the weighted sum.
 
-Routing writes, for every expert, the list of (token, choice) pairs that chose it; each product tile finds its expert and rows from the
-lists' lengths alone, so there is no sort, no gathered copy and no wait for the host. A pair's place in its list is left to chance (an
-atomic counter) but does not enter its numbers, and a token's experts are summed in a fixed order: results repeat exactly.
+Up to FEW tokens go through their experts one by one, in two launches that read the weights by rows. For more, every token's experts are
+chosen, then every expert lists its (token, choice) pairs, and the products run over those lists without a gathered copy: on Hopper in
+experts_hopper.py, elsewhere here. The down product leaves each pair's part, and a last kernel sums a token's parts by weight, in the order
+of choice. No place in a list and no order of sums is left to chance.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from miniinfer.kernels.triton import pdl
 
-@triton.jit(do_not_specialize=["tokens"])
-def _route_kernel(
-    logits, weights, counts, lists, tokens, logits_stride,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """Program t: token t's experts, likeliest first. Writes weights [T, K] fp32 and enters pair t * K + rank into lists [E, T]."""
-    token = tl.program_id(0)
-    offs = tl.arange(0, BLOCK_E)
-    value = tl.load(logits + token.to(tl.int64) * logits_stride + offs, mask=offs < EXPERTS, other=-float("inf")).to(tl.float32)
-    value = tl.exp(value - tl.max(value, 0))
-    probs = value / tl.sum(value, 0)
-    rank = tl.full([BLOCK_E], TOP_K, tl.int32)  # TOP_K: not chosen
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from miniinfer.kernels.triton.experts_hopper import expert_hopper_kernel
+
+    MATRIX = NVMMASharedLayout(128, 16, 2)
+except ImportError:  # Gluon is experimental and may move
+    expert_hopper_kernel = None
+
+FEW = 2  # tokens at most that go through their experts one by one; of more, too many share an expert
+
+# ------------------------------------------------------------------------------------------------------------- routing
+
+
+@triton.jit
+def _choose(logits, token, logits_stride, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr):
+    """For tokens [R], by as many warps: (their experts' weights, each expert's rank or TOP_K if it is not chosen), both [R, BLOCK_E]."""
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    value = tl.load(logits + token.to(tl.int64)[:, None] * logits_stride + experts, mask=experts < EXPERTS, other=-float("inf")).to(tl.float32)
+    value = tl.exp(value - tl.max(value, 1)[:, None])
+    chance = value / tl.sum(value, 1)[:, None]
+    # The bits of numbers from 0 on order as they do, and the GPU has an instruction for a warp's greatest integer. NaN must not lead
+    # out of bounds.
+    key = tl.where(experts < EXPERTS, tl.where(chance >= 0, chance, 0.0).to(tl.int32, bitcast=True), -1)
+    rank = tl.where(key >= -1, TOP_K, 0)
     for j in tl.static_range(TOP_K):
-        free = tl.where((rank == TOP_K) & (offs < EXPERTS), probs, -1.0)
-        best = tl.minimum(tl.argmax(free, 0), EXPERTS - 1)  # ties to the lower index; NaN must not lead out of bounds
-        rank = tl.where(offs == best, j, rank)
-    chosen = rank < TOP_K
+        best = tl.min(tl.where(key == tl.max(key, 1)[:, None], experts, BLOCK_E), 1)[:, None]  # ties to the lower
+        rank = tl.where(experts == best, j, rank)
+        key = tl.where(experts == best, -1, key)
     if RENORMALIZE:
-        probs = probs / tl.sum(tl.where(chosen, probs, 0.0), 0)
-    pair = token * TOP_K + rank
-    tl.store(weights + pair, probs, mask=chosen)
-    place = tl.atomic_add(counts + offs, 1, mask=chosen, sem="relaxed")
-    tl.store(lists + offs.to(tl.int64) * tokens + place, pair, mask=chosen)
+        chance = chance / tl.sum(tl.where(rank < TOP_K, chance, 0.0), 1)[:, None]
+    return chance, rank
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _expert_kernel(
-    x, weight, out, counts, lists, tokens, x_stride,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SIZE_N: tl.constexpr, SIZE_K: tl.constexpr, SHARE: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _choose_kernel(
+    logits, weights, chosen, tokens, logits_stride,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, i): columns n of the i-th row tile, counted over the experts' lists: out[pair] = x[pair // SHARE] @ weight[expert].T.
+    """Program i: the experts of BLOCK_T tokens, likeliest first: chosen [T, K] int16 and their weights [T, K] fp32."""
+    pdl.begin(PDL)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    chance, rank = _choose(logits, tl.minimum(token, tokens - 1), logits_stride, EXPERTS, BLOCK_E, TOP_K, RENORMALIZE)
+    mask = (rank < TOP_K) & (token < tokens)[:, None]
+    tl.store(weights + token[:, None] * TOP_K + rank, chance, mask=mask)
+    tl.store(chosen + token[:, None] * TOP_K + rank, (tl.arange(0, BLOCK_E)[None, :] + 0 * rank).to(tl.int16), mask=mask)
 
-    GATED: weight [E, 2 N, K] holds gate rows, then up rows, and the result is silu(gate) * up, rounded as the reference rounds."""
+
+@triton.jit(do_not_specialize=["pairs"])
+def _list_kernel(chosen, order, offsets, tickets, pairs, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program e: expert e's pairs into order [pairs] in ascending order, from offsets[e] on; the last also writes offsets[E], and the
+    first clears the tickets of the products. `chosen` is as long as whole blocks, so that it can be read without a mask: 16 bytes at once."""
+    pdl.begin(PDL)
+    expert = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, pairs, BLOCK):
+        before += ((tl.load(chosen + start + offs) < expert) & (start + offs < pairs)).to(tl.int32)
+    begin = tl.sum(before, 0)
+    end = begin
+    for start in range(0, pairs, BLOCK):
+        mine = ((tl.load(chosen + start + offs) == expert) & (start + offs < pairs)).to(tl.int32)
+        tl.store(order + end + tl.cumsum(mine, 0) - 1, start + offs, mask=mine > 0)
+        end += tl.sum(mine, 0)
+    tl.store(offsets + expert, begin)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(offsets + expert + 1, end)
+    if expert == 0:
+        tl.store(tickets + tl.arange(0, 2), tl.zeros([2], tl.int32))
+
+
+# ---------------------------------------------------------------------------------------------------------- few tokens
+
+
+@triton.jit
+def _few_gate_up_kernel(
+    x, chosen, w13, out, x_stride,
+    TOP_K: tl.constexpr, SIZE_N: tl.constexpr, SIZE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, t): rows i * BLOCK_N ... of silu(gate) * up of token t's j-th expert. Each row's next block is on its way while one is
+    multiplied."""
+    pdl.begin(PDL)
+    token = tl.program_id(2)
+    pair = token * TOP_K + tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs = tl.arange(0, BLOCK_K)
+    expert = tl.load(chosen + pair).to(tl.int64)
+    gate_at = w13 + (expert * (2 * SIZE_N) + tl.minimum(rows, SIZE_N - 1))[:, None] * SIZE_K + offs[None, :]
+    up_at = gate_at + SIZE_N * SIZE_K
+    within = (offs < SIZE_K)[None, :]
+    gate_block = tl.load(gate_at, mask=within, other=0.0, eviction_policy="evict_first")
+    up_block = tl.load(up_at, mask=within, other=0.0, eviction_policy="evict_first")
+    gate = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)  # the 8 inputs of a 16-byte load are summed in their thread
+    up = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
+    for k in range(0, SIZE_K, BLOCK_K):
+        values = tl.load(x + token * x_stride + k + offs, mask=k + offs < SIZE_K, other=0.0).to(tl.float32)[None, :]
+        gates = gate_block.to(tl.float32) * values
+        ups = up_block.to(tl.float32) * values
+        if SIZE_K > BLOCK_K:
+            within = (k + BLOCK_K + offs < SIZE_K)[None, :]
+            gate_block = tl.load(gate_at + k + BLOCK_K, mask=within, other=0.0, eviction_policy="evict_first")
+            up_block = tl.load(up_at + k + BLOCK_K, mask=within, other=0.0, eviction_policy="evict_first")
+        gate += tl.sum(tl.reshape(gates, [BLOCK_N, BLOCK_K // 8, 8]), 2)
+        up += tl.sum(tl.reshape(ups, [BLOCK_N, BLOCK_K // 8, 8]), 2)
+    dtype: tl.constexpr = out.dtype.element_ty
+    result = tl.sum(gate, 1).to(dtype).to(tl.float32)
+    result = (result * tl.sigmoid(result)).to(dtype).to(tl.float32) * tl.sum(up, 1).to(dtype).to(tl.float32)
+    tl.store(out + pair * SIZE_N + rows, result, mask=rows < SIZE_N)
+
+
+@triton.jit
+def _few_down_kernel(
+    x, chosen, weights, w2, out, TOP_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    SIZE_N: tl.constexpr, SIZE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (i, t): outputs i * BLOCK_N ... of token t, all its experts at once, each one's part rounded before it is weighted."""
+    pdl.begin(PDL)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(1)
+    offs = tl.arange(0, BLOCK_K)
+    choices = tl.arange(0, BLOCK_C)
+    real = choices < TOP_K
+    expert = tl.load(chosen + token * TOP_K + choices, mask=real, other=0).to(tl.int64)
+    source = w2 + (expert[:, None] * SIZE_N + tl.minimum(rows, SIZE_N - 1)[None, :])[:, :, None] * SIZE_K + offs[None, None, :]
+    inputs = x + (token * TOP_K + choices)[:, None] * SIZE_K + offs[None, :]
+    block = tl.load(source, mask=real[:, None, None] & (offs < SIZE_K)[None, None, :], other=0.0, eviction_policy="evict_first")
+    sums = tl.zeros([BLOCK_C, BLOCK_N, BLOCK_K // 8], tl.float32)
+    for k in range(0, SIZE_K, BLOCK_K):
+        values = tl.load(inputs + k, mask=real[:, None] & (k + offs < SIZE_K)[None, :], other=0.0).to(tl.float32)
+        products = block.to(tl.float32) * values[:, None, :]
+        if SIZE_K > BLOCK_K:
+            within = real[:, None, None] & (k + BLOCK_K + offs < SIZE_K)[None, None, :]
+            block = tl.load(source + k + BLOCK_K, mask=within, other=0.0, eviction_policy="evict_first")
+        sums += tl.sum(tl.reshape(products, [BLOCK_C, BLOCK_N, BLOCK_K // 8, 8]), 3)
+    parts = tl.sum(sums, 2).to(out.dtype.element_ty).to(tl.float32)
+    share = tl.load(weights + token * TOP_K + choices, mask=real, other=0.0)
+    tl.store(out + token * SIZE_N + rows, tl.sum(parts * share[:, None], 0), mask=rows < SIZE_N)
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+@triton.jit
+def _expert_kernel(
+    x, weight, out, order, offsets, x_stride,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SIZE_N: tl.constexpr, SIZE_K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (n, i): columns n of the i-th row tile over the experts' lists, as expert_hopper_kernel computes them. GATED: weight
+    [E, 2 N, K] holds gate rows, then up rows, and the result is silu(gate) * up, rounded as the reference rounds."""
+    pdl.begin(PDL)
     experts = tl.arange(0, BLOCK_E)
-    sizes = tl.load(counts + experts, mask=experts < EXPERTS, other=0)
+    begins = tl.load(offsets + experts, mask=experts < EXPERTS, other=0)
+    sizes = tl.load(offsets + experts + 1, mask=experts < EXPERTS, other=0) - begins
     ends = tl.cumsum((sizes + BLOCK_M - 1) // BLOCK_M, 0)
     index = tl.program_id(1)
     expert = tl.sum((ends <= index).to(tl.int32), 0)
-    size = tl.sum(tl.where(experts == expert, sizes, 0), 0)
-    start = (index - tl.max(tl.where(experts < expert, ends, 0), 0)) * BLOCK_M
-    if start >= size:  # past the last tile
+    if expert >= EXPERTS:  # past the last tile
         return
-
-    offs_m = start + tl.arange(0, BLOCK_M)
-    pair = tl.load(lists + expert.to(tl.int64) * tokens + offs_m, mask=offs_m < size, other=0)
+    offs_m = (index - tl.max(tl.where(experts < expert, ends, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = offs_m < tl.sum(tl.where(experts == expert, sizes, 0), 0)
+    place = tl.sum(tl.where(experts == expert, begins, 0), 0) + offs_m
+    pair = tl.load(order + place, mask=live, other=0)
+    source = pair // TOP_K if GATED else tl.where(live, place, 0)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     rows = (1 + GATED) * SIZE_N
-    x_at = x + (pair // SHARE).to(tl.int64)[:, None] * x_stride + offs_k[None, :]
+    x_at = x + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
     w_at = weight + (expert.to(tl.int64) * rows + offs_n % SIZE_N)[:, None] * SIZE_K + offs_k[None, :]
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -85,13 +208,14 @@ def _expert_kernel(
         dtype: tl.constexpr = x.dtype.element_ty
         gate = gate.to(dtype).to(tl.float32)
         gate = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
-    target = out + pair.to(tl.int64)[:, None] * SIZE_N + offs_n[None, :]
-    tl.store(target, gate.to(out.dtype.element_ty), mask=(offs_m < size)[:, None] & (offs_n < SIZE_N)[None, :])
+    target = out + (place if GATED else pair).to(tl.int64)[:, None] * SIZE_N + offs_n[None, :]
+    tl.store(target, gate.to(out.dtype.element_ty), mask=live[:, None] & (offs_n < SIZE_N)[None, :])
 
 
 @triton.jit
-def _sum_kernel(parts, weights, out, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(parts, weights, out, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (t, i): a block of columns of out[t] = sum over j of weights[t, j] * parts[t * K + j], in fp32, in the order of j."""
+    pdl.begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
@@ -101,8 +225,12 @@ def _sum_kernel(parts, weights, out, size, TOP_K: tl.constexpr, BLOCK: tl.conste
     tl.store(out + token * size + cols, acc.to(out.dtype.element_ty), mask=cols < size)
 
 
+# -------------------------------------------------------------------------------------------------------------- launch
+
+
 def expert_tiles(rows: float, element_size: int, gated: bool) -> dict[str, int]:
-    """Tile sizes and launch options for experts of `rows` rows on average. fp32 products run without tensor cores: small tiles."""
+    """Tile sizes and launch options of _expert_kernel for experts of `rows` rows on average. fp32 products run without tensor cores: small
+    tiles."""
     if element_size == 4:
         sizes = (16, 32, 32, 4, 2) if rows <= 16 else (32, 32, 32, 4, 2)
     elif rows <= 16:
@@ -114,35 +242,95 @@ def expert_tiles(rows: float, element_size: int, gated: bool) -> dict[str, int]:
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), sizes, strict=True))
 
 
+def hopper_tiles(pairs: int, experts: int, tiles: int) -> dict[str, int]:
+    """The same of expert_hopper_kernel, for `tiles` tiles of 256 columns to a row of experts: narrow ones where few pairs would leave
+    multiprocessors idle, deep ones where experts have many. The ring of blocks fills shared memory."""
+    if pairs * tiles < 132:
+        return {"GROUPS": 1, "BLOCK_N": 128, "STAGES": 8, "REGISTERS": 80, "maxnreg": 160}
+    if pairs <= 48 * experts:
+        return {"GROUPS": 1, "BLOCK_N": 256, "STAGES": 5, "REGISTERS": 80, "maxnreg": 160}
+    return {"GROUPS": 2, "BLOCK_N": 256, "STAGES": 4, "REGISTERS": 72, "maxnreg": 168}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a Hopper GPU; 0 for any other."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count if properties.major == 9 and torch.version.cuda else 0
+
+
+def _takes_hopper(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
+    """Whether expert_hopper_kernel takes these: by the model's shape and the GPU alone. The copy engine wants rows of 16 bytes."""
+    if expert_hopper_kernel is None or not x.is_cuda or x.element_size() != 2 or len(w2) > 512:
+        return False
+    return w13.shape[2] % 8 == 0 and w2.shape[2] % 8 == 0 and x.stride(0) % 16 == 0 and _multiprocessors(x.device) > 0
+
+
 def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool) -> Tensor:
-    """As the reference; each expert's contribution is rounded to x's dtype, as a linear layer's result is, before the fp32 sum."""
-    tokens, hidden = x.shape
-    experts, inner = w2.shape[0], w2.shape[2]
+    """As the reference; each expert's contribution is rounded to x's dtype, as a linear layer's result is, before the fp32 sum.
+
+    A token's result does not depend on the others, but on whether there are up to FEW or more, whose sums are taken in another order."""
+    (tokens, hidden), (experts, _, inner) = x.shape, w2.shape
     assert x.stride(1) == 1 and router_logits.stride(1) == 1 and w13.is_contiguous() and w2.is_contiguous()
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
-    pairs, block_e = tokens * top_k, triton.next_power_of_2(experts)
+    pairs, options = tokens * top_k, pdl.launch_options(tokens)
+    block = min(4096, max(128, triton.next_power_of_2(pairs)))
     weights = torch.empty(pairs, dtype=torch.float32, device=x.device)
-    counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
-    lists = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
-    _route_kernel[(tokens,)](
-        router_logits, weights, counts, lists, tokens, router_logits.stride(0),
-        EXPERTS=experts, BLOCK_E=block_e, TOP_K=top_k, RENORMALIZE=renormalize, num_warps=1,
+    chosen = torch.empty(triton.cdiv(pairs, block) * block, dtype=torch.int16, device=x.device)
+    active = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
+    _choose_kernel[(triton.cdiv(tokens, 4),)](
+        router_logits, weights, chosen, tokens, router_logits.stride(0),
+        EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_T=4, TOP_K=top_k, RENORMALIZE=renormalize, num_warps=4, **options,
+    )  # fmt: skip
+    if tokens <= FEW:
+        _few_gate_up_kernel[(triton.cdiv(inner, 2), top_k, tokens)](
+            x, chosen, w13, active, x.stride(0), TOP_K=top_k,
+            SIZE_N=inner, SIZE_K=hidden, BLOCK_N=2, BLOCK_K=min(2048, triton.next_power_of_2(hidden)), num_warps=4, **options,
+        )  # fmt: skip
+        choices = triton.next_power_of_2(top_k)
+        _few_down_kernel[(triton.cdiv(hidden, 2), tokens)](
+            active, chosen, weights, w2, out, TOP_K=top_k, BLOCK_C=choices,
+            SIZE_N=hidden, SIZE_K=inner, BLOCK_N=2, BLOCK_K=max(16, 2048 // choices), num_warps=8, **options,
+        )  # fmt: skip
+        return out
+
+    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=x.device)
+    tickets = torch.empty(2, dtype=torch.int32, device=x.device)
+    _list_kernel[(experts,)](chosen, order, offsets, tickets, pairs, BLOCK=block, num_warps=max(4, block // 256), **options)
+    parts = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
+    product = _product_hopper if _takes_hopper(x, w13, w2) else _product
+    product(x, w13, active, order, offsets, tickets[:1], top_k, True, options)
+    product(active, w2, parts, order, offsets, tickets[1:], top_k, False, options)
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _sum_kernel[(tokens, triton.cdiv(hidden, block))](parts, weights, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **options)
+    return out
+
+
+def _product_hopper(
+    x: Tensor, weight: Tensor, out: Tensor, order: Tensor, offsets: Tensor, ticket: Tensor, top_k: int, gated: bool, options: dict[str, bool]
+) -> None:
+    (experts, rows, size_k), (pairs, size_n) = weight.shape, out.shape
+    tiles = hopper_tiles(pairs, experts, triton.cdiv(rows, 256))
+    weights = TensorDescriptor(weight, [experts * rows, size_k], [size_k, 1], [tiles["BLOCK_N"] // 2, 64], MATRIX)
+    inputs = None if gated else TensorDescriptor(x, [pairs, size_k], [size_k, 1], [64, 64], MATRIX)
+    expert_hopper_kernel[(_multiprocessors(x.device),)](
+        x, inputs, weights, out, order, offsets, ticket, x.stride(0),
+        EXPERTS=experts, SIZE_N=size_n, SIZE_K=size_k, TOP_K=top_k, GATED=gated, **tiles, num_warps=4, PDL=options["PDL"],
+        **({"launch_pdl": True} if options["PDL"] else {}),
     )  # fmt: skip
 
-    def product(source: Tensor, weight: Tensor, width: int, share: int, gated: bool) -> Tensor:
-        result = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
-        tiles = expert_tiles(pairs / experts, x.element_size(), gated)
-        # Every expert that was chosen wastes less than one tile.
-        grid = (triton.cdiv(width, tiles["BLOCK_N"]), pairs // tiles["BLOCK_M"] + min(experts, pairs))
-        _expert_kernel[grid](
-            source, weight, result, counts, lists, tokens, source.stride(0),
-            EXPERTS=experts, BLOCK_E=block_e, SIZE_N=width, SIZE_K=source.shape[1], SHARE=share, GATED=gated, **tiles,
-        )  # fmt: skip
-        return result
 
-    parts = product(product(x, w13, inner, top_k, True), w2, hidden, 1, False)
-    block = min(triton.next_power_of_2(hidden), 1024)
-    _sum_kernel[(tokens, triton.cdiv(hidden, block))](parts, weights, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4)
-    return out
+def _product(
+    x: Tensor, weight: Tensor, out: Tensor, order: Tensor, offsets: Tensor, ticket: Tensor, top_k: int, gated: bool, options: dict[str, bool]
+) -> None:
+    experts, (pairs, size_n) = len(weight), out.shape
+    tiles = expert_tiles(pairs / experts, x.element_size(), gated)
+    grid = (triton.cdiv(size_n, tiles["BLOCK_N"]), pairs // tiles["BLOCK_M"] + min(experts, pairs))  # each expert wastes less than a tile
+    _expert_kernel[grid](
+        x, weight, out, order, offsets, x.stride(0),
+        EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), SIZE_N=size_n, SIZE_K=weight.shape[2], TOP_K=top_k, GATED=gated,
+        **tiles, **options,
+    )  # fmt: skip
