@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from miniinfer import __version__
 from miniinfer.config import ConfigError, EngineConfig, ServerConfig, opt
-from miniinfer.utils import setup_logging, wake_gpu
+from miniinfer.utils import setup_logging, starting
 
 T = TypeVar("T")
 
@@ -224,12 +224,11 @@ def _engine(args: argparse.Namespace) -> Any:
     """An LLM in this process, from the EngineConfig options among `args`."""
     _sampling(args)  # a bad value should not have to wait for the model
     config = take(EngineConfig, args)
-    if config.device != "cpu":
-        wake_gpu()
-    from miniinfer.engine.llm import LLM
-
     setup_logging("warning")
-    return LLM(**dataclasses.asdict(config))
+    with starting(config.device):
+        from miniinfer.engine.llm import LLM
+
+        return LLM(**dataclasses.asdict(config))
 
 
 @dataclass(frozen=True, kw_only=True)

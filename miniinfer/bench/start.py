@@ -21,7 +21,7 @@ from miniinfer.bench.offline import seconds_since_start
 from miniinfer.config import ConfigError, EngineConfig, opt
 from miniinfer.data import SamplingParams
 from miniinfer.models.hub import resolve_folder
-from miniinfer.utils import setup_logging, wake_gpu
+from miniinfer.utils import setup_logging, starting
 
 PROMPT = list(range(16))
 
@@ -105,12 +105,11 @@ def arguments(config: EngineConfig) -> list[str]:
 
 def child(options: dict[str, Any]) -> dict[str, float]:
     """What a process measures of itself: seconds since its start at which each stage was done."""
-    if options["device"] != "cpu":
-        wake_gpu()
-    from miniinfer.engine.llm import LLM
+    with starting(options["device"]):
+        from miniinfer.engine.llm import LLM
 
-    done = {"imports": seconds_since_start()}
-    llm = LLM(**options)
+        done = {"imports": seconds_since_start()}
+        llm = LLM(**options)
     done |= {stage: done["imports"] + after for stage, after in llm.info["startup_seconds"].items()}
     llm.generate({"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
     done["first token"] = seconds_since_start()

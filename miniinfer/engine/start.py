@@ -81,17 +81,17 @@ def _pack(model: Decoder, ops: Ops) -> None:
 
 
 def shapes(runner: Runner) -> list[Shape]:
-    """Steps that between them launch the kernels of nearly all others: prompts alone and beside decodes, and decodes, at powers of two."""
+    """Steps that between them launch the kernels of nearly all others: prompts alone and beside decodes, then decodes."""
     config, longest = runner.config, runner.max_length
     assert config.max_num_batched_tokens and config.max_num_seqs
-    prompts = [n for n in _powers(config.max_num_batched_tokens) if n > 2]
-    mixed = [Shape(n, b, n, longest, DRAW) for n in prompts for b in (1, 2) if b <= config.max_num_seqs]
-    decodes = [Shape(n, n, 1, longest, ending) for n in _powers(config.max_num_seqs) for ending in (DRAW, FILTERED_DRAW)]
-    return [*mixed, *decodes, Shape(1, 1, 1, longest, HIDDEN)]
+    prompts = [Shape(n, b, n, longest, DRAW) for n in _sizes(config.max_num_batched_tokens)[2:] for b in (1, 2) if b <= config.max_num_seqs]
+    decodes = [Shape(n, n, 1, longest, DRAW) for n in _sizes(config.max_num_seqs)]
+    return [*prompts, *decodes, *(Shape(n, n, 1, longest, FILTERED_DRAW) for n in (config.max_num_seqs, 1)), Shape(1, 1, 1, longest, HIDDEN)]
 
 
-def _powers(limit: int) -> list[int]:
-    return [1 << i for i in range(limit.bit_length()) if 1 << i < limit] + [limit]
+def _sizes(limit: int) -> list[int]:
+    """Close together where kernels differ by size, up to 64, and far apart beyond."""
+    return [n for n in (1, 2, 4, 8, 16, 32, 64, 512) if n < limit] + [limit]
 
 
 @torch.inference_mode()
@@ -109,7 +109,8 @@ def rehearse(runner: Runner) -> None:
             logits = runner.model.logits(hidden)
             for flags in (PENALIZED, PENALIZED | FILTERED):
                 sampler.sample(logits, rows, rows.sample_rows[:1], rows.sample_positions[:1], flags, longest, runner.ops)
-            runner.copy_pages([(kind, 0, 0) for kind in range(len(runner.kinds))])
+            for count in 1, 2:  # Triton tells apart how lists of one and of more lie in memory
+                runner.copy_pages([(kind, 0, 0) for kind in range(len(runner.kinds))] * count)
     finally:
         runner.model = model
 

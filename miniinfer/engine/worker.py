@@ -7,7 +7,6 @@ then stays open: its end tells that the parent is gone, however it died. Signals
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
 import shutil
@@ -21,7 +20,7 @@ import zmq
 
 from miniinfer.config import ConfigError, EngineConfig
 from miniinfer.data import Abort, Add, Control, Failed, Ready, Reply, SequenceUpdate, ToEngine, Updates
-from miniinfer.utils import get_logger, setup_logging, wake_gpu
+from miniinfer.utils import get_logger, setup_logging, starting
 
 log = get_logger("engine.worker")
 
@@ -64,11 +63,10 @@ def main() -> int:
 
 def run(config: EngineConfig, core: str, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
     """Builds the core, says Ready, and serves. Whatever goes wrong is sent as Failed, and 1 returned."""
-    if config.device != "cpu":
-        wake_gpu()
     try:
-        module, _, name = core.partition(":")
-        engine = getattr(importlib.import_module(module), name)(config)
+        with starting(config.device):
+            module, _, name = core.partition(":")
+            engine = getattr(importlib.import_module(module), name)(config)
     except ConfigError as e:
         _send(outbox, Failed(str(e), user_error=True))
         return 1
@@ -76,7 +74,6 @@ def run(config: EngineConfig, core: str, inbox: zmq.Socket[bytes], outbox: zmq.S
         log.exception("the engine could not start")
         _send(outbox, Failed(f"{type(e).__name__}: {e}"))
         return 1
-    gc.freeze()  # what start-up made lives as long as the process: no collection need walk it, least of all between steps
     _send(outbox, Ready(engine.info))
     try:
         _serve(engine, inbox, outbox)
