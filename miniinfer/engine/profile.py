@@ -31,7 +31,8 @@ TOP = 12  # kernels or operations in the table
 
 
 class Profiler:
-    """Profiles steps of one engine into `folder`; with None it refuses to start. Idle, it costs nothing."""
+    """Profiles steps of one engine into `folder`; with None it refuses to start. Until the first profile it costs nothing; after one, launches of
+    graphs stay slower by about 50 us, for CUDA's profiling interface stays attached."""
 
     def __init__(self, folder: str | None, gpu: bool) -> None:
         self.folder, self.gpu = folder, gpu

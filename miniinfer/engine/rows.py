@@ -1,8 +1,8 @@
-"""Device-resident request rows, and the one staging buffer through which the host changes them.
+"""Device-resident request rows, and the staging memory through which the host changes them.
 
-Owns what the device knows of each running request between steps: its tokens, page-table rows and sampling parameters. A step sends
-only what is new (which rows run, new requests, new pages) in one copy; everything else is already there. The sampler writes its tokens
-back here, so the next step can start without the host. Row `dummy` belongs to nobody: graphs pad their batches with it.
+Owns what the device knows of each running request between steps: its tokens, page-table rows and sampling parameters. For a step the host
+writes only what is new (which rows run, new requests, new pages), and the step itself takes that over; everything else is already there.
+The sampler writes its tokens back here, so the next step can start without the host. Row `dummy` belongs to nobody: batches are padded with it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Rows:
             where[begin:end] = np.arange(first, first + len(init.tokens))
             values[begin:end] = init.tokens
         if count > MOST_CHANGES:
-            index, value = torch.from_numpy(changes).to(self.device).view(2, -1)
+            index, value = to_device(torch.from_numpy(changes), self.device).view(2, -1)
             self._memory.index_put_((index,), value)
 
     def _record(self, init: RowInit) -> np.ndarray:
@@ -154,7 +154,12 @@ class Rows:
         ):
             table[row].zero_()
             if values:
-                table[row, : len(values)] = torch.tensor(values, dtype=table.dtype).to(self.device)
+                table[row, : len(values)] = to_device(torch.tensor(values, dtype=table.dtype), self.device)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device for which the host does not wait; a GPU's goes through pinned memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _widen(table: Tensor, width: int) -> Tensor:

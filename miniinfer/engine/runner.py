@@ -19,7 +19,7 @@ from miniinfer.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer.data import StepPlan, StepResult, TokenLogprobs
 from miniinfer.engine import sampler
 from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, HIDDEN, Graphs, Shape
-from miniinfer.engine.rows import BIASED, FILTERED, PENALIZED, Rows
+from miniinfer.engine.rows import BIASED, FILTERED, PENALIZED, Rows, to_device
 from miniinfer.kernels import Ops
 from miniinfer.models.decoder import Decoder
 from miniinfer.utils import get_logger
@@ -104,7 +104,8 @@ class Runner:
         pending = self._results.begin(plan)
         self.copy_pages(plan.copies)
         flags = self.rows.write(plan, padded[1] if padded else real)
-        draws = not plan.prompt_logprobs and plan.logprobs < 0 and not flags & (PENALIZED | BIASED) and any(plan.samples)
+        samples = any(plan.samples)
+        draws = samples and not plan.prompt_logprobs and plan.logprobs < 0 and not flags & (PENALIZED | BIASED)
         ending = HIDDEN if not draws else FILTERED_DRAW if flags & FILTERED else DRAW
         if padded:
             shape = Shape(*padded, 1 if tokens == real else padded[0], self.max_length, ending)
@@ -114,7 +115,7 @@ class Runner:
             shape = Shape(tokens, real, max(plan.counts), longest, ending)
             hidden = self._forward(shape)
             output = self._end(shape, hidden)
-        if not draws and any(plan.samples):
+        if samples and not draws:
             self._sample(plan, output, flags, pending)
         if plan.prompt_logprobs:
             pending.prompt = self._prompt_logprobs(plan, hidden)
@@ -127,9 +128,9 @@ class Runner:
         for kind, window in enumerate(self.kinds):
             pairs = [(source, destination) for k, source, destination in copies if k == kind]
             if pairs:
-                moved = torch.tensor(pairs, dtype=torch.int32).to(self.device)
+                sources, destinations = to_device(torch.tensor(pairs, dtype=torch.int32).T.contiguous(), self.device)
                 layers = [c for c, w in zip(self.caches, self.model.config.windows, strict=True) if w == window]
-                self.ops.copy_pages(layers, moved[:, 0].contiguous(), moved[:, 1].contiguous())
+                self.ops.copy_pages(layers, sources, destinations)
 
     def _step(self, shape: Shape) -> Tensor:
         """A whole step over the fixed buffers, which is what graphs capture."""

@@ -33,9 +33,9 @@ def outcome(got: list) -> list:
 @pytest.mark.parametrize("count", [1, 4, 8])
 def test_graph_is_bitwise_eager(tmp_path: Path, shape: dict, count: int):
     """At batch sizes that need no padding both run the same kernels on the same shapes."""
-    eager = run(make_core(tmp_path, shape, enforce_eager=True, **BASE), requests(count))
+    eager = run(make_core(tmp_path, shape, enforce_eager=True, **BASE), requests(count, size=32))
     core = make_core(tmp_path, shape, **BASE)
-    graph = run(core, requests(count))
+    graph = run(core, requests(count, size=32))
     assert core.runner.graphs.captured
     assert outcome(graph) == outcome(eager)
 
