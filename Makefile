@@ -46,6 +46,8 @@ $(BIN)/python:
 	@$(BIN)/python -c 'from importlib.metadata import version; v = version("torch").split("."); exit(not 11 <= int(v[1]) < 16)' 2>/dev/null \
 	  || $(PIP) "$(TORCH)" || $(PIP) "torch>=2.11,<2.16"
 	@$(PIP) -e .
+	@echo "Compiling the kernels for this machine (once) ..."
+	-@$(BIN)/miniinfer generate --max-tokens 1 hello >/dev/null
 	@touch $@
 
 # Triton is what a CUDA build of torch brought; elsewhere one for its interpreter, in which the kernels are tested without a GPU.
