@@ -128,7 +128,7 @@ class Runner:
         for kind, window in enumerate(self.kinds):
             pairs = [(source, destination) for k, source, destination in copies if k == kind]
             if pairs:
-                sources, destinations = to_device(torch.tensor(pairs, dtype=torch.int32).T.contiguous(), self.device)
+                sources, destinations = (to_device(torch.tensor(pages, dtype=torch.int32), self.device) for pages in zip(*pairs, strict=True))
                 layers = [c for c, w in zip(self.caches, self.model.config.windows, strict=True) if w == window]
                 self.ops.copy_pages(layers, sources, destinations)
 
