@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,27 @@ def test_rehearsal_takes_two_layers_of_each_kind(tmp_path: Path) -> None:
     windows = [layer.attention.window for layer in whole]
     assert {windows[i] for i in kept} == set(windows) and len(kept) <= 2 * len(set(windows))
     assert list(runner.model.layers) == whole and excerpt.embed is runner.model.embed
+
+
+def test_in_a_rehearsal_this_threads_launches_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    from miniinfer.kernels.triton.rehearsal import rehearsal
+
+    runs: list[bool] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup: runs.append(not warmup))
+    before = JITFunction.run
+
+    def launch() -> None:
+        JITFunction.run(None, grid=(1,), warmup=False)
+
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(KeyError), rehearsal():
+            launch()
+            other.submit(launch).result()
+            raise KeyError
+        launch()
+    assert runs == [False, True, True] and JITFunction.run is before
 
 
 def test_a_wrong_checkpoint_ends_a_start_with_its_own_error(tmp_path: Path) -> None:

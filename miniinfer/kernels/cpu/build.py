@@ -55,6 +55,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path, link_openmp: bool) -> None:
     """Builds under another name, then moves: another process may be doing the same."""
+    log.info("compiling the CPU kernels for this machine, once")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part, whole = f"{folder}/kernels.o", f"{folder}/kernels.so"

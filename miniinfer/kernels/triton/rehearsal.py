@@ -8,33 +8,39 @@ need, in their own words and with nothing to keep up to date, and all cores comp
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
+
+_ONE = threading.Lock()  # one thread at a time rehearses
 
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
-    """Launches within compile and do not run, in all threads: tensors that kernels would write stay as they are. At the end every kernel is
-    compiled and loaded, but those that cannot be; their launches will raise."""
+    """Launches of this thread compile and do not run: tensors that kernels would write stay as they are. At the end every kernel is compiled and
+    loaded, but those that cannot be; their launches will raise."""
     if triton.knobs.runtime.interpret:
         yield
         return
-    run = JITFunction.run
+    thread = threading.get_ident()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1  # -1: none to set
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **options)
+        return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == thread, **options)
 
-    JITFunction.run = compile_only
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as threads, _Mode(threads, ignore_errors=True):
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
+    with _ONE, pool, _Mode(pool, ignore_errors=True):
+        run, JITFunction.run = JITFunction.run, compile_only
+        try:
             yield
-    finally:
-        JITFunction.run = run
+        finally:
+            JITFunction.run = run
 
 
 class _Mode(triton.AsyncCompileMode):
