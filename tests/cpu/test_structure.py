@@ -115,7 +115,7 @@ def test_sizes() -> None:
 
 LIGHT = [
     "miniinfer", "miniinfer.cli", "miniinfer.serve.launch", "miniinfer.engine.client", "miniinfer.models.describe",
-    "miniinfer.bench.offline", "miniinfer.bench.serving",
+    "miniinfer.bench.offline", "miniinfer.bench.serving", "miniinfer.bench.start",
 ]  # fmt: skip
 
 
@@ -131,12 +131,13 @@ def option_classes() -> list[type]:
     from miniinfer.bench.kernels import KernelBench
     from miniinfer.bench.offline import OfflineBench
     from miniinfer.bench.serving import ServingBench
+    from miniinfer.bench.start import StartBench
     from miniinfer.cli import ChatOptions, GenerateOptions
     from miniinfer.config import EngineConfig, ServerConfig
     from miniinfer.models.describe import InfoOptions
     from miniinfer.train.trainer import TrainConfig
 
-    return [EngineConfig, ServerConfig, ChatOptions, GenerateOptions, InfoOptions, KernelBench, OfflineBench, ServingBench, TrainConfig]
+    return [EngineConfig, ServerConfig, ChatOptions, GenerateOptions, InfoOptions, KernelBench, OfflineBench, ServingBench, StartBench, TrainConfig]
 
 
 def test_options_are_few_and_described() -> None:
