@@ -152,6 +152,10 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
         yield paged(ops, [1] * batch, [length] * batch, 32, 8, 128)
     yield paged(ops, [1] * 256, [1024] * 256, 16, 8, 128)
     yield paged(ops, [1] * 256, list(range(100, 2148, 8)), 16, 8, 128)
+    for long in (1, 4):
+        yield paged(ops, [1] * 64, [500] * (64 - long) + [30_000] * long, 32, 8, 128)
+    yield paged(ops, [1] * 32, [1024] * 32, 32, 4, 128)
+    yield paged(ops, [1] * 32, [1024] * 32, 32, 8, 64)
     for length in (1024, 2048, 8192, 32_768):
         yield paged(ops, [length], [length], 32, 8, 128)
     yield paged(ops, [1024] * 8, [1024] * 8, 32, 8, 128)

@@ -1,13 +1,11 @@
 """Attention over the paged cache and over packed sequences: which kernel takes which sequence, and with what tiles.
 
-A sequence with one new token is decoded (decode.py: its keys split over programs), one with more is computed in query tiles (prefill.py,
-or prefill_hopper.py for the shapes and GPUs that it takes), whatever else is in the batch. All walk keys in blocks at absolute positions,
+A sequence with one new token is decoded (decode.py: its keys split over programs), one with more is computed in query tiles (prefill.py),
+whatever else is in the batch; Hopper has kernels of its own for most shapes (hopper_launch.py). All walk keys in blocks at absolute positions,
 and tile sizes depend on the model only, so a token's result depends neither on the batch nor on where chunks of its prompt were cut.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import triton
@@ -18,14 +16,9 @@ from miniinfer.kernels.triton.decode import combine_kernel, decode_kernel
 from miniinfer.kernels.triton.prefill import prefill_kernel
 
 try:
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from miniinfer.kernels.triton.prefill_hopper import prefill_hopper_kernel
-
-    MATRIX, BOXES = NVMMASharedLayout(128, 16, 2), NVMMASharedLayout(128, 16, 3)  # in shared memory, swizzled: of pages; of queries by head
-except ImportError:  # Gluon is experimental and may move: prefill.py does without it
-    prefill_hopper_kernel = None
+    from miniinfer.kernels.triton import hopper_launch
+except ImportError:  # Gluon is experimental and may move: decode.py and prefill.py do without it
+    hopper_launch = None  # type: ignore[assignment]
 
 LOG2E = 1.4426950408889634
 CHUNK = 256  # keys of one split of a decoded sequence; longer ones double it until the chunks fit
@@ -47,7 +40,10 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
     scale: float, window: int, max_query: int, max_length: int,
 ) -> Tensor:  # fmt: skip
-    """As the reference. Tokens beyond query_start[B] and sequences of length <= 0 get zeros."""
+    """As the reference. Tokens beyond query_start[B] and sequences of length <= 0 get zeros.
+
+    On Hopper, decoding begins to read before the kernel ahead of it is complete: that one may write the queries and each sequence's last key
+    and value (rope_qkv_cache does), but the rest of the cache, tables and lengths must be the work of kernels before it."""
     dim = q.shape[2]
     assert k_cache.stride()[2:] == (dim, 1) and v_cache.stride()[2:] == (dim, 1) and page_table.stride(1) == 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -55,10 +51,13 @@ def paged_attention(
         return out
     single = max_query == 1 or len(q) == 1
     mixed = not single and len(rows) > 1
-    if single or mixed:
+    hopper = hopper_launch is not None
+    if (single or mixed) and hopper and hopper_launch.takes_decode(q, k_cache, v_cache):
+        hopper_launch.decode(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, window, max_length)
+    elif single or mixed:
         _decode(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, window, max_length)
-    if not single and _takes_hopper(q, k_cache, v_cache, window):
-        _prefill_hopper(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, mixed)
+    if not single and hopper and not window and hopper_launch.takes(q, k_cache, v_cache):
+        hopper_launch.prefill(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, mixed)
     elif not single:
         _prefill(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, window, k_cache.shape[1], mixed)
     return out
@@ -96,50 +95,6 @@ def _prefill(
         q, k, v, out, page_table, rows, query_start, lengths, sequences, tokens, scale * LOG2E,
         q.stride(0), page_table.stride(0) if page_table is not None else 0, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         GROUP=group, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), PAGE_SIZE=page_size, WINDOW=window, SKIP_SINGLE=skip_single, **tiles,
-    )  # fmt: skip
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a Hopper GPU; 0 for any other."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major == 9 and torch.version.cuda else 0
-
-
-@cache
-def _tickets(device: torch.device, stream: int) -> Tensor:
-    """Counters of prefill_hopper_kernel, which leaves them at zero; launches on different streams may overlap and must not share them."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def _takes_hopper(q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int) -> bool:
-    """Whether prefill_hopper_kernel takes these: by the model's shape and the GPU alone."""
-    heads, size, dim = k_cache.shape[1:]
-    fits = dim in (64, 128) and size == 64 and not window and q.shape[1] // heads <= 64 and q.element_size() == 2 and q.is_contiguous()
-    if not fits or prefill_hopper_kernel is None or not q.is_cuda:
-        return False
-    return k_cache.is_contiguous() and v_cache.is_contiguous() and _multiprocessors(q.device) > 0
-
-
-def _prefill_hopper(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
-    scale: float, skip_single: bool,
-) -> None:  # fmt: skip
-    tokens, heads, dim = q.shape
-    pages, kv_heads, size, _ = k_cache.shape
-    group = heads // kv_heads
-    tiles = tokens // (64 // group * 2) + len(rows)
-    keys, values = (TensorDescriptor(x, [pages * kv_heads * size, dim], [dim, 1], [size, 64], MATRIX) for x in (k_cache, v_cache))
-    copy_q = group & (group - 1) == 0  # a box's sides are powers of two
-    queries = TensorDescriptor(q, list(q.shape), list(q.stride()), [64 // group, group, 64], BOXES) if copy_q else None
-    if torch.cuda.is_current_stream_capturing():
-        tickets = torch.zeros(2, dtype=torch.int32, device=q.device)  # in the graph's memory, cleared by every replay
-    else:
-        tickets = _tickets(q.device, torch.cuda.current_stream(q.device).cuda_stream)
-    prefill_hopper_kernel[(min(tiles * kv_heads, _multiprocessors(q.device)),)](
-        q, queries, keys, values, out, tickets, page_table, rows, query_start, lengths, len(rows), tokens, tiles, kv_heads, scale * LOG2E,
-        q.stride(0), page_table.stride(0),
-        GROUP=group, DIM=dim, SKIP_SINGLE=skip_single, COPY_Q=copy_q, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 

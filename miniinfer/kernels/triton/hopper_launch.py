@@ -1,0 +1,142 @@
+"""Launches of the attention kernels that are written for Hopper: which shapes they take, tensor maps, counters, scratch memory.
+
+Owns what a launch costs the host: tensor maps and compiled kernels are looked up by shape, not made anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from miniinfer.kernels.triton.decode_hopper import decode_hopper_kernel
+from miniinfer.kernels.triton.prefill_hopper import prefill_hopper_kernel
+
+LOG2E = 1.4426950408889634
+PAGE_SIZE = 64
+CHUNK = 4  # pages of one chunk of a decoded sequence; of a longer one all chunks grow, so that there are
+CHUNKS = 33  # at most these,
+CHUNKS_TIMES_HEADS = 264  # and these over all kv heads: enough to fill a GPU with one sequence
+PROGRAMS = 2  # of the decode kernel on a multiprocessor
+RING_BYTES = 49_152  # of a program's pages on their way: more were no faster, and slower on mixed lengths
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a Hopper GPU; 0 for any other."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count if properties.major == 9 and torch.version.cuda else 0
+
+
+def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the kernels here can have these: by the model's shape and the GPU alone."""
+    heads, size, dim = k_cache.shape[1:]
+    fits = dim in (64, 128) and size == PAGE_SIZE and q.shape[1] // heads <= 64 and q.element_size() == 2 and q.is_contiguous()
+    if not fits or not q.is_cuda or k_cache.dtype != q.dtype:
+        return False
+    return k_cache.is_contiguous() and v_cache.is_contiguous() and multiprocessors(q.device) > 0
+
+
+def takes_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    return q.shape[1] // k_cache.shape[1] <= 16 and takes(q, k_cache, v_cache)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Stands in for a tensor in a TensorDescriptor, which asks for no more and would keep a tensor alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(address: int, dtype: torch.dtype, shape: tuple[int, ...], box: tuple[int, ...]) -> TensorDescriptor:
+    """Of contiguous memory, in swizzled boxes."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(_Memory(address, dtype), list(shape), strides, list(box), NVMMASharedLayout(128, 16, len(shape)))
+
+
+def _cache_maps(k_cache: Tensor, v_cache: Tensor) -> list[TensorDescriptor]:
+    pages, heads, size, dim = k_cache.shape
+    return [_tensor_map(x.data_ptr(), x.dtype, (pages * heads * size, dim), (size, 64)) for x in (k_cache, v_cache)]
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], shape: tuple[Any, ...], key: tuple[Any, ...], **options: Any) -> None:
+    """kernel[programs](*arguments, *shape, **options), with Triton's search for the compiled kernel only at the first launch with this
+    shape, key and options. `key` has all that the kernel is specialized on in its arguments."""
+    key = (kernel, torch.cuda.current_device(), shape, key, *options.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(programs,)](*arguments, *shape, **options)
+    else:
+        compiled[(programs, 1, 1)](*arguments, *shape)
+
+
+@cache
+def _zeros(device: torch.device, stream: int | None, size: int) -> Tensor:
+    """Counters of a kernel that leaves them at zero. Launches on different streams may overlap and must not share them; graphs, which replay
+    one after the other, share those of stream None."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
+    scale: float, skip_single: bool,
+) -> None:  # fmt: skip
+    tokens, heads, dim = q.shape
+    kv_heads = k_cache.shape[1]
+    group = heads // kv_heads
+    tiles = tokens // (64 // group * 2) + len(rows)
+    copy_q = group & (group - 1) == 0  # a box's sides are powers of two
+    queries = _tensor_map(q.data_ptr(), q.dtype, tuple(q.shape), (64 // group, group, 64)) if copy_q else None
+    if torch.cuda.is_current_stream_capturing():
+        tickets = torch.zeros(2, dtype=torch.int32, device=q.device)  # in the graph's memory, cleared by every replay
+    else:
+        tickets = _zeros(q.device, torch.cuda.current_stream(q.device).cuda_stream, 2)
+    arguments = (
+        q, queries, *_cache_maps(k_cache, v_cache), out, tickets, page_table, rows, query_start, lengths, len(rows), tokens, tiles, kv_heads,
+        scale * LOG2E, q.stride(0), page_table.stride(0),
+    )  # fmt: skip
+    shape = (group, dim, skip_single, copy_q)
+    programs = min(tiles * kv_heads, multiprocessors(q.device))
+    _launch(prefill_hopper_kernel, programs, arguments, shape, (kv_heads, q.dtype), num_warps=4, maxnreg=168)
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
+    scale: float, window: int, max_length: int,
+) -> None:  # fmt: skip
+    """Pages, tables and lengths must be complete before the kernel ahead starts, except for each sequence's last key and value."""
+    tokens, heads, dim = q.shape
+    kv_heads, sequences = k_cache.shape[1], len(rows)
+    group, pairs = heads // kv_heads, sequences * kv_heads
+    limit = max(4, min(CHUNKS, CHUNKS_TIMES_HEADS // kv_heads))
+    pages = triton.cdiv(min(max_length, window or max_length), PAGE_SIZE) + 1  # + 1: a window may begin inside a page
+    slots = min(limit, triton.cdiv(pages, CHUNK))
+    scratch = torch.empty(pairs * slots * group * (dim + 2), dtype=torch.float32, device=q.device)
+    partial, tops, totals = scratch.split([pairs * slots * group * n for n in (dim, 1, 1)])
+    size = triton.next_power_of_2(2 + pairs)
+    counters = _zeros(q.device, None, size)  # made by the run that goes before a capture
+    if not torch.cuda.is_current_stream_capturing():
+        counters = _zeros(q.device, torch.cuda.current_stream(q.device).cuda_stream, size)
+    arguments = (
+        q, *_cache_maps(k_cache, v_cache), out, partial, tops, totals, counters, page_table, rows, query_start, lengths, sequences, tokens,
+        kv_heads, slots, scale * LOG2E, page_table.stride(0),
+    )  # fmt: skip
+    shape = (group, dim, window, CHUNK, limit, RING_BYTES // (PAGE_SIZE * dim * 2))
+    programs = min(pairs * slots, PROGRAMS * multiprocessors(q.device))
+    _launch(decode_hopper_kernel, programs, arguments, shape, (q.dtype,), num_warps=4, maxnreg=128, launch_pdl=True)
