@@ -104,6 +104,10 @@ def check_linear(device: str, dtype: torch.dtype, full: bool) -> None:
                 if tokens == 1:
                     poison(device, (tokens, n))
                     close(by_rows(x, weight, b, Rows(4, 64, 2)), want, f"rows {n}x{k}", dtype)
+                    if n % 2 == 0:
+                        poison(device, (tokens, n // 2))
+                        gated = by_rows(x, weight, b, Rows(4, 64, 2), gated=True)
+                        close(gated, reference.silu_mul(want.to(dtype)), f"gated rows {n}x{k}", dtype, bf16=1e-2)
 
 
 def check_pack_linear(device: str, dtype: torch.dtype, full: bool) -> None:
@@ -441,11 +445,40 @@ def check_filters(device: str, dtype: torch.dtype, full: bool) -> None:
             assert (lost < 1e-3).all(), f"filters {rows}x{vocab}: row {int(lost.argmax())} chose a dropped or lesser token ({float(lost.max()):.2e})"
     # Ties at every threshold: the survivors must be exactly the stable sort's. Hot rows draw each of them soon.
     for k, p, m, count in ((5, 1.0, 0.0, 4), (25, 1.0, 0.0, 16), (0, 0.3, 0.0, 4), (30, 0.77, 0.0, 4), (0, 1.0, 0.995, 8), (3, 0.0, 0.0, 2)):
-        count *= 20 if full else 1
-        levels = torch.randint(0, 4, (1, 64), device=device).float().repeat(count, 1)
-        one, seeds = torch.ones(count, device=device), torch.arange(count, device=device)
-        args = (levels, one * 100, (one * k).int(), one * p, one * m, seeds, torch.zeros_like(seeds).int(), True)
-        same(drawn(ops, *args), reference.sample(*args), f"ties k={k} p={p} min_p={m}")
+        tied(ops, torch.randint(0, 4, (1, 64), device=device), k, p, m, count * (20 if full else 1))
+    # More of them than the list of uncertain entries holds.
+    many = torch.randint(0, 2, (1, 50_000 if full else 2500), device=device)
+    for k, p, m in [(1500, 0.5, 0.0)] + ([(5, 1.0, 0.0), (1200, 1.0, 0.0), (0, 0.3, 0.0), (0, 0.999, 0.0), (1700, 0.77, 0.995)] if full else []):
+        tied(ops, many, k, p, m, 200 if full else 1)
+
+
+def tied(ops: Ops, levels: Tensor, k: int, p: float, m: float, count: int) -> None:
+    """`count` draws from one row of equal logits or a few levels, in a distribution so flat that ids decide which of them the filters leave."""
+    one, seeds = torch.ones(count, device=levels.device), torch.arange(count, device=levels.device)
+    args = (levels.float().repeat(count, 1), one * 100, (one * k).int(), one * p, one * m, seeds, torch.zeros_like(seeds).int(), True)
+    same(drawn(ops, *args), reference.sample(*args), f"ties k={k} p={p} min_p={m}")
+
+
+def check_sample_company(device: str, dtype: torch.dtype, full: bool) -> None:
+    """A row's token does not depend on the batch: alone, beside others, beside rows with filters, beside rows of NaN and infinities."""
+    ops = triton_ops()
+    rows, vocab = (70, 50_000) if full else (7, 2500)
+    for filtered in (False, True):
+        logits, *settings, seeds, positions = sampling_case(device, rows, vocab, filtered)
+        args = (logits.to(dtype), *settings, seeds, positions)
+        together = drawn(ops, *args, filtered)
+        for i in range(0, rows, 9) if full else (0, 1, rows - 1):
+            same(drawn(ops, *(t[i : i + 1] for t in args), filtered), together[i : i + 1], f"row {i} alone, filtered={filtered}")
+        if not filtered:
+            settings[1][::2], settings[2][::3] = 7, 0.3
+            same(drawn(ops, *args, True)[1::6], together[1::6], "rows without filters beside others with")
+        broken = args[0].clone()
+        broken[0], broken[1, ::2], broken[3] = NAN, NAN, float("-inf")
+        broken[4, 11] = float("inf")
+        chosen = drawn(ops, broken, *args[1:], filtered)
+        assert ((chosen >= 0) & (chosen < vocab)).all(), f"ids out of range: {chosen.tolist()}"
+        assert int(chosen[1]) % 2 == 1 and int(chosen[4]) == 11, "NaN was drawn, or infinity was not"
+        same(chosen[5:], together[5:], "rows beside broken ones")
 
 
 def check_penalties(device: str, dtype: torch.dtype, full: bool) -> None:

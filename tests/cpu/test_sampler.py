@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miniinfer.engine.sampler import logprobs
-from miniinfer.kernels.reference import apply_penalties, sample, uniform
+from miniinfer.kernels.reference import apply_penalties, sample, sample_rows, uniform
 
 MANY = 20000
 
@@ -79,6 +79,26 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert not torch.equal(draw(logits, seeds=seeds, positions=positions), draw(logits, seeds=seeds, positions=positions + 1))
 
 
+def test_rows_are_read_and_written_in_place():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows, positions = torch.tensor([4, 0, 2], dtype=torch.int32), torch.tensor([7, 1, 0], dtype=torch.int32)
+    temperature, top_k = torch.tensor([0.0, 9.0, 0.5, 9.0, 2.0]), torch.tensor([0, 0, 3, 0, 0], dtype=torch.int32)
+    top_p, min_p, seeds = torch.ones(5), torch.zeros(5), torch.arange(5) * 100
+    tokens = torch.full((5, 8), -1, dtype=torch.int32)
+    out = sample_rows(logits, rows, positions, tokens, temperature, top_k, top_p, min_p, seeds, True)
+    at = rows.long()
+    assert torch.equal(out, sample(logits.float(), temperature[at], top_k[at], top_p[at], min_p[at], seeds[at], positions, True))
+    assert out[1] == logits[1].argmax() and torch.equal(tokens[at, positions.long()], out) and (tokens >= 0).sum() == 3
+
+
+def test_what_is_no_number_is_never_drawn():
+    logits = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    logits[:, ::2] = float("nan")
+    for settings in ({}, {"top_k": 15}, {"top_p": 0.99}, {"temperature": 0.0}):
+        assert (draw(logits, **settings) % 2 == 1).all()
+    assert draw(torch.full((1, 5), float("nan")), top_k=2) == 0
+
+
 def test_penalties_count_what_they_should():
     tokens = torch.tensor([[1, 2, 2, 3, 3, 3, 9, 9], [0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)  # beyond the length: stale
     logits = torch.tensor([[1.0, 1.0, -1.0, 2.0, 0.5]])
@@ -94,3 +114,6 @@ def test_logprobs_and_ranks():
     assert ids.tolist() == [[2, 1, 3]] and ranks.tolist() == [[3, 1, 2]]
     assert torch.allclose(values, logits.log_softmax(-1)[0, [2, 1, 3]])
     assert [t.shape[1] for t in logprobs(logits, torch.tensor([2]), 0)] == [1, 1, 1]
+    narrow = torch.randn(2, 9).bfloat16()
+    for ours, widened in zip(logprobs(narrow, torch.tensor([2, 0]), 3), logprobs(narrow.float(), torch.tensor([2, 0]), 3), strict=True):
+        assert torch.equal(ours, widened)
