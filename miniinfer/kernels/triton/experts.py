@@ -1,9 +1,9 @@
 """Mixture of experts: routing, the launch of the products, and the weighted sum.
 
-Up to FEW tokens go through their experts one by one, in two launches that read the weights by rows. For more, every token's experts are
-chosen, then every expert lists its (token, choice) pairs, and the products run over those lists without a gathered copy: on Hopper in
-experts_hopper.py, elsewhere here. The down product leaves each pair's part, and a last kernel sums a token's parts by weight, in the order
-of choice. No place in a list and no order of sums is left to chance.
+Up to FEW tokens go through their experts one by one, in two launches that read the weights by rows. For more, every expert lists its (token,
+choice) pairs, and the products run over those lists without a gathered copy: on Hopper in experts_hopper.py, elsewhere here. The down
+product leaves each pair's part, and a last kernel sums a token's parts by weight, in the order of choice. No place in a list and no order
+of sums is left to chance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Gluon is experimental and may move
     expert_hopper_kernel = None
 
-FEW = 2  # tokens at most that go through their experts one by one; of more, too many share an expert
+FEW = 2  # tokens at most that go through their experts one by one, if they are unlikely to share one
 
 # ------------------------------------------------------------------------------------------------------------- routing
 
@@ -72,16 +72,18 @@ def _list_kernel(chosen, order, offsets, tickets, pairs, BLOCK: tl.constexpr, PD
     first clears the tickets of the products. `chosen` is as long as whole blocks, so that it can be read without a mask: 16 bytes at once."""
     pdl.begin(PDL)
     expert = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], tl.int32)
+    offs = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]  # 8 to a thread
+    before = tl.zeros([BLOCK // 8, 8], tl.int32)
     for start in range(0, pairs, BLOCK):
         before += ((tl.load(chosen + start + offs) < expert) & (start + offs < pairs)).to(tl.int32)
-    begin = tl.sum(before, 0)
+    begin = tl.sum(tl.sum(before, 1), 0)
     end = begin
     for start in range(0, pairs, BLOCK):
         mine = ((tl.load(chosen + start + offs) == expert) & (start + offs < pairs)).to(tl.int32)
-        tl.store(order + end + tl.cumsum(mine, 0) - 1, start + offs, mask=mine > 0)
-        end += tl.sum(mine, 0)
+        count = tl.sum(mine, 1)
+        place = end + (tl.cumsum(count, 0) - count)[:, None] + tl.cumsum(mine, 1) - 1
+        tl.store(order + place, start + offs, mask=mine > 0)
+        end += tl.sum(count, 0)
     tl.store(offsets + expert, begin)
     if expert == tl.num_programs(0) - 1:
         tl.store(offsets + expert + 1, end)
@@ -242,10 +244,10 @@ def expert_tiles(rows: float, element_size: int, gated: bool) -> dict[str, int]:
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), sizes, strict=True))
 
 
-def hopper_tiles(pairs: int, experts: int, tiles: int) -> dict[str, int]:
-    """The same of expert_hopper_kernel, for `tiles` tiles of 256 columns to a row of experts: narrow ones where few pairs would leave
-    multiprocessors idle, deep ones where experts have many. The ring of blocks fills shared memory."""
-    if pairs * tiles < 132:
+def hopper_tiles(pairs: int, experts: int, tiles: int, programs: int) -> dict[str, int]:
+    """The same of expert_hopper_kernel, where an expert has `tiles` tiles of 256 columns: narrower ones where so few pairs would leave
+    programs idle, deep ones where experts have many. The ring of blocks fills shared memory."""
+    if pairs * tiles < programs:
         return {"GROUPS": 1, "BLOCK_N": 128, "STAGES": 8, "REGISTERS": 80, "maxnreg": 160}
     if pairs <= 48 * experts:
         return {"GROUPS": 1, "BLOCK_N": 256, "STAGES": 5, "REGISTERS": 80, "maxnreg": 160}
@@ -260,31 +262,35 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _takes_hopper(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
-    """Whether expert_hopper_kernel takes these: by the model's shape and the GPU alone. The copy engine wants rows of 16 bytes."""
+    """Whether expert_hopper_kernel takes these. Its copies are of 16 bytes, and Triton must know a row's address to be a multiple of them."""
     if expert_hopper_kernel is None or not x.is_cuda or x.element_size() != 2 or len(w2) > 512:
         return False
-    return w13.shape[2] % 8 == 0 and w2.shape[2] % 8 == 0 and x.stride(0) % 16 == 0 and _multiprocessors(x.device) > 0
+    aligned = w13.shape[2] % 8 == 0 and w2.shape[2] % 8 == 0 and x.stride(0) % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, w13, w2))
+    return aligned and _multiprocessors(x.device) > 0
 
 
-def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool) -> Tensor:
+def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool, few: int = FEW) -> Tensor:
     """As the reference; each expert's contribution is rounded to x's dtype, as a linear layer's result is, before the fp32 sum.
 
-    A token's result does not depend on the others, but on whether there are up to FEW or more, whose sums are taken in another order."""
+    A token's result does not depend on the others, but on how many there are: of up to `few` the sums may be taken in another order. With
+    few = 0 it depends on nothing else."""
     (tokens, hidden), (experts, _, inner) = x.shape, w2.shape
     assert x.stride(1) == 1 and router_logits.stride(1) == 1 and w13.is_contiguous() and w2.is_contiguous()
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
     pairs, options = tokens * top_k, pdl.launch_options(tokens)
-    block = min(4096, max(128, triton.next_power_of_2(pairs)))
+    at_once = 1 if tokens <= 64 else 4
+    block = min(8192, max(256, triton.next_power_of_2(pairs)))
     weights = torch.empty(pairs, dtype=torch.float32, device=x.device)
     chosen = torch.empty(triton.cdiv(pairs, block) * block, dtype=torch.int16, device=x.device)
     active = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
-    _choose_kernel[(triton.cdiv(tokens, 4),)](
-        router_logits, weights, chosen, tokens, router_logits.stride(0),
-        EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_T=4, TOP_K=top_k, RENORMALIZE=renormalize, num_warps=4, **options,
+    _choose_kernel[(triton.cdiv(tokens, at_once),)](
+        router_logits, weights, chosen, tokens, router_logits.stride(0), EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_T=at_once, TOP_K=top_k, RENORMALIZE=renormalize, num_warps=at_once, **options,
     )  # fmt: skip
-    if tokens <= FEW:
+    options = pdl.launch_options(min(tokens, pdl.FEW_TOKENS))  # from here on what comes before is ours, and no large product
+    if tokens <= few and (tokens == 1 or 4 * pairs <= experts):
         _few_gate_up_kernel[(triton.cdiv(inner, 2), top_k, tokens)](
             x, chosen, w13, active, x.stride(0), TOP_K=top_k,
             SIZE_N=inner, SIZE_K=hidden, BLOCK_N=2, BLOCK_K=min(2048, triton.next_power_of_2(hidden)), num_warps=4, **options,
@@ -299,7 +305,7 @@ def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, r
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=x.device)
     tickets = torch.empty(2, dtype=torch.int32, device=x.device)
-    _list_kernel[(experts,)](chosen, order, offsets, tickets, pairs, BLOCK=block, num_warps=max(4, block // 256), **options)
+    _list_kernel[(experts,)](chosen, order, offsets, tickets, pairs, BLOCK=block, num_warps=block // 256, **options)
     parts = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     product = _product_hopper if _takes_hopper(x, w13, w2) else _product
     product(x, w13, active, order, offsets, tickets[:1], top_k, True, options)
@@ -313,10 +319,11 @@ def _product_hopper(
     x: Tensor, weight: Tensor, out: Tensor, order: Tensor, offsets: Tensor, ticket: Tensor, top_k: int, gated: bool, options: dict[str, bool]
 ) -> None:
     (experts, rows, size_k), (pairs, size_n) = weight.shape, out.shape
-    tiles = hopper_tiles(pairs, experts, triton.cdiv(rows, 256))
+    programs = _multiprocessors(x.device)
+    tiles = hopper_tiles(pairs, experts, triton.cdiv(rows, 256), programs)
     weights = TensorDescriptor(weight, [experts * rows, size_k], [size_k, 1], [tiles["BLOCK_N"] // 2, 64], MATRIX)
     inputs = None if gated else TensorDescriptor(x, [pairs, size_k], [size_k, 1], [64, 64], MATRIX)
-    expert_hopper_kernel[(_multiprocessors(x.device),)](
+    expert_hopper_kernel[(programs,)](
         x, inputs, weights, out, order, offsets, ticket, x.stride(0),
         EXPERTS=experts, SIZE_N=size_n, SIZE_K=size_k, TOP_K=top_k, GATED=gated, **tiles, num_warps=4, PDL=options["PDL"],
         **({"launch_pdl": True} if options["PDL"] else {}),
