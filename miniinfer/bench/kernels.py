@@ -163,15 +163,26 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
     yield paged(ops, [2048] + [1] * 128, [8192] + [1024] * 128, 32, 8, 128)
 
 
+def grouped_moe(x: Tensor, logits: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
+    """What torch has for a mixture of experts on the GPU: its grouped product over tokens gathered by expert."""
+    weights, experts = torch.topk(logits.float().softmax(-1), top_k, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    order = experts.flatten().argsort(stable=True)
+    ends = (experts.flatten() == torch.arange(len(w2), device=x.device).unsqueeze(1)).sum(1).cumsum(0, dtype=torch.int32)
+    inner = REFERENCE.silu_mul(F.grouped_mm(x[order // top_k], w13.transpose(1, 2), offs=ends))
+    parts = F.grouped_mm(inner, w2.transpose(1, 2), offs=ends)
+    return (parts[order.argsort()].unflatten(0, (-1, top_k)).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
 def moe_cases(ops: Ops, hidden: int = 2048, inner: int = 768, experts: int = 128, top_k: int = 8) -> Iterator[Case]:
     weights = [(rand(experts, 2 * inner, hidden) * hidden**-0.5, rand(experts, hidden, inner) * inner**-0.5) for _ in range(2)]
     turn = iter(range(1 << 30))
     for tokens in (1, 8, 32, 128, 2048, 8192):
 
-        def make(tokens: int = tokens) -> tuple[Callable[[], object], None]:
+        def make(tokens: int = tokens) -> tuple[Callable[[], object], Callable[[], object]]:
             w13, w2 = weights[next(turn) % 2]
             x, logits = rand(tokens, hidden), rand(tokens, experts)
-            return lambda: ops.moe(x, logits, w13, w2, top_k, True), None
+            return lambda: ops.moe(x, logits, w13, w2, top_k, True), lambda: grouped_moe(x, logits, w13, w2, top_k)
 
         touched = experts * (1 - (1 - top_k / experts) ** tokens)  # of random choices, on average
         yield Case(f"moe T={tokens}", touched * 3 * inner * hidden * 2 + tokens * hidden * 4, tokens * top_k * 6 * inner * hidden, make)
