@@ -77,7 +77,7 @@ def _build(shape: ModelConfig, config: EngineConfig, device: torch.device) -> De
 
 def _pack(model: Decoder, ops: Ops) -> None:
     if ops.pack_linear is not None:
-        model.pack(ops.pack_linear)
+        model.pack(ops.pack_linear, ops.pack_gated)
 
 
 def shapes(runner: Runner) -> list[Shape]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from miniinfer.kernels import Ops
 from miniinfer.layers.layout import Layer, Layout, Part, Place
-from miniinfer.layers.linear import Linear
+from miniinfer.layers.linear import Linear, Packer
 
 
 class GatedMLP(Layer):
@@ -17,8 +19,15 @@ class GatedMLP(Layer):
         self.gate_up = Linear({f"{name}.gate_proj": inner, f"{name}.up_proj": inner}, hidden, place, bias=bias, shard_axis=0)
         self.down = Linear({f"{name}.down_proj": hidden}, inner, place, bias=bias, shard_axis=1)
 
+        self._packed: Callable[[Tensor], Tensor] | None = None
+
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        return self.down(ops.silu_mul(self.gate_up(x)))
+        return self.down(self._packed(x) if self._packed is not None else ops.silu_mul(self.gate_up(x)))
+
+    def pack(self, pack_gated: Packer) -> None:
+        """Computes silu(gate) * up with `pack_gated(weight, bias) -> (x -> y)` from now on; see Linear.pack."""
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        self._packed = pack_gated(weight.detach(), None if bias is None else bias.detach())
 
 
 class SparseMLP(Layer):

@@ -76,8 +76,10 @@ class Decoder(Layer):
         """[n, hidden] -> [n, vocab] in the parameters' dtype; sampling, log-probabilities and losses compute in fp32 from there."""
         return self.head(hidden)
 
-    def pack(self, pack_linear: Packer) -> None:
-        """Packs every linear layer, the head included. See Linear.pack."""
+    def pack(self, pack_linear: Packer, pack_gated: Packer | None = None) -> None:
+        """Packs every linear layer, the head included, and the gated MLPs' products if there is a way. See Linear.pack."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(pack_linear)
+            elif isinstance(module, GatedMLP) and pack_gated is not None:
+                module.pack(pack_gated)

@@ -13,15 +13,15 @@ import triton
 
 from miniinfer.kernels.triton.attention_launch import attention, paged_attention
 from miniinfer.kernels.triton.experts import moe
-from miniinfer.kernels.triton.linear import pack_linear
+from miniinfer.kernels.triton.linear import pack_gated, pack_gated_fixed, pack_linear, pack_linear_fixed
 from miniinfer.kernels.triton.rope import rope_qkv_cache
 from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
 from miniinfer.kernels.triton.sampling import apply_penalties, sample_rows
 from miniinfer.kernels.triton.steps import copy_pages, deliver, stage, step_inputs
 
 __all__ = [
-    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_linear", "paged_attention",
-    "rms_norm", "rope_qkv_cache", "sample_rows", "silu_mul", "stage", "step_inputs",
+    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_gated", "pack_linear",
+    "paged_attention", "rms_norm", "rope_qkv_cache", "sample_rows", "silu_mul", "stage", "step_inputs",
 ]  # fmt: skip
 
 
@@ -37,4 +37,4 @@ def load() -> None:
 
 def fixed_order() -> dict[str, Any]:
     """The operations whose sums could otherwise depend on the other tokens of a step, in the form where they do not (`--deterministic`)."""
-    raise RuntimeError("deterministic: the GPU's linear layers cannot do it yet")
+    return {"pack_linear": pack_linear_fixed, "pack_gated": pack_gated_fixed}

@@ -1,8 +1,9 @@
-"""Linear layers of few tokens, where the product is a read of the weight: kernels that read at the memory's rate where cuBLAS does not.
+"""Linear layers of few tokens, where the product is a read of the weight: which kernel reads it at the memory's rate.
 
 One token: a program takes rows of the weight whole, in registers, and has the first of them under way before its inputs are there
-(`_rows_kernel`). 2 to MAX_TOKENS: tensor-core tiles of weight rows by tokens, with the inputs split over programs where rows are few
-(`_tile_kernel`). More tokens, fp32 and odd shapes are F.linear's.
+(`_rows_kernel`). More: linear_hopper.py, up to its MAX_TOKENS; on other GPUs, and for weights of few rows, tensor-core tiles of weight rows by
+tokens up to MAX_TOKENS, with the inputs split over programs where rows are few (`_tile_kernel`). More tokens yet are F.linear's, or
+matmul_hopper.py's where that pays; fp32 and odd shapes F.linear's at any number.
 """
 
 from __future__ import annotations
@@ -17,17 +18,30 @@ import triton.language as tl
 from torch import Tensor
 
 from miniinfer.kernels.triton import pdl
+from miniinfer.kernels.triton.rowwise import silu_mul
 
-MAX_TOKENS = pdl.FEW_TOKENS
+try:
+    from miniinfer.kernels.triton import linear_hopper, matmul_hopper
+except ImportError:  # Gluon is experimental and may move
+    linear_hopper = matmul_hopper = None  # type: ignore[assignment]
+
+MAX_TOKENS = 32  # of _tile_kernel
+MANY_ROWS = 1024  # of a weight: with fewer, linear_hopper.py's tiles of 64 leave most of the GPU idle
+Function = Callable[[Tensor], Tensor]
 
 
 @triton.jit
-def _rows_kernel(x, weight, bias, out, SIZE_N, SIZE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
-    """Program i: weight rows i * BLOCK_N ... times x. The rows' next block is on its way while one is multiplied."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _rows_kernel(
+    x, weight, bias, out, SIZE_N, SIZE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr
+):
+    """Program i: weight rows i * BLOCK_N ... times x. The rows' next block is on its way while one is multiplied.
+
+    GATED: the weight is SIZE_N rows of gates, then as many of ups; a program takes BLOCK_N / 2 pairs, and out is silu(gate) * up."""
+    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(index // 2, SIZE_N - 1) + index % 2 * SIZE_N if GATED else tl.minimum(index, SIZE_N - 1)
     offs = tl.arange(0, BLOCK_K)
     even: tl.constexpr = SIZE_K % BLOCK_K == 0
-    source = weight + tl.minimum(rows, SIZE_N - 1).to(tl.int64)[:, None] * SIZE_K + offs[None, :]
+    source = weight + rows.to(tl.int64)[:, None] * SIZE_K + offs[None, :]
     if even:
         block = tl.load(source, eviction_policy="evict_first")
     else:
@@ -47,8 +61,12 @@ def _rows_kernel(x, weight, bias, out, SIZE_N, SIZE_K: tl.constexpr, BLOCK_N: tl
         sums += tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // 8, 8]), 2)
     result = tl.sum(sums, 1)
     if bias is not None:
-        result += tl.load(bias + rows, mask=rows < SIZE_N, other=0.0).to(tl.float32)
-    tl.store(out + rows, result, mask=rows < SIZE_N)
+        result += tl.load(bias + rows).to(tl.float32)
+    if GATED:
+        index = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        gate, up = tl.split(tl.reshape(result.to(out.dtype.element_ty).to(tl.float32), [BLOCK_N // 2, 2]))
+        result = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32) * up
+    tl.store(out + index, result, mask=index < SIZE_N)
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
@@ -122,12 +140,15 @@ class Tiles:
     prefetch: int  # inputs of each row to fetch ahead of x; 0 below Hopper
 
 
-def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, how: Rows) -> Tensor:
-    """[1, K] -> [1, N]; weight contiguous."""
-    n, k = weight.shape
+def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, how: Rows, gated: bool = False) -> Tensor:
+    """[1, K] -> [1, N]; weight contiguous. Gated: weight [2 I, K] of gates and ups -> silu(gate) * up [1, I]."""
+    rows, k = weight.shape
+    n = rows // 2 if gated else rows
+    block_n = max(2, how.block_n) if gated else how.block_n  # a pair at least
+    warps = how.warps * block_n // how.block_n
     out = torch.empty(1, n, dtype=x.dtype, device=x.device)
-    _rows_kernel[(triton.cdiv(n, how.block_n),)](
-        x, weight, bias, out, n, SIZE_K=k, BLOCK_N=how.block_n, BLOCK_K=how.block_k, num_warps=how.warps, **pdl.launch_options(1)
+    _rows_kernel[(triton.cdiv(rows, block_n),)](
+        x, weight, bias, out, n, SIZE_K=k, BLOCK_N=block_n, BLOCK_K=how.block_k, GATED=gated, num_warps=warps, **pdl.launch_options(1)
     )
     return out
 
@@ -169,21 +190,88 @@ def tiles_for(n: int, k: int) -> Tiles:
     return Tiles(block_n, 128, warps, 6 if hopper else 3, split, 512 if n <= 4096 and hopper else 0)
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def pack_linear(weight: Tensor, bias: Tensor | None) -> Function:
     """x [..., K] -> x W^T + b [..., N] for weight [N, K], which is read where it lies.
 
-    The order of sums is fixed by the weight's shape and by whether there is one token, 2 to MAX_TOKENS, or more; within each of the first two
-    classes a token's result does not depend on the others. New values in the weight must be complete before the kernel ahead of this
-    one starts."""
+    The order of sums is fixed by the weight's shape and by whether there is one token, few, or more; within each of the first two classes a
+    token's result does not depend on the others. New values in the weight must be complete before the kernel ahead of this one starts."""
     n, k = weight.shape
-    if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous() or k % 8 or weight.data_ptr() % 16:
+    if not _readable(weight):
         return lambda x: F.linear(x, weight, bias)
-    rows, tiles = rows_for(n, k), tiles_for(n, k)
-    counters = torch.zeros(triton.cdiv(n, tiles.block_n), dtype=torch.int32, device=weight.device)
+    rows = rows_for(n, k)
+    few, most = _few(weight, bias)
 
     def apply(x: Tensor) -> Tensor:
-        if x.ndim != 2 or not 0 < len(x) <= MAX_TOKENS or x.dtype != weight.dtype or x.stride(1) != 1:
+        if not _by_rows(x, weight) or len(x) > most:
             return F.linear(x, weight, bias)
-        return by_rows(x, weight, bias, rows) if len(x) == 1 else tiled(x, weight, bias, counters, tiles)
+        return by_rows(x, weight, bias, rows) if len(x) == 1 else few(x)
 
     return apply
+
+
+def pack_gated(weight: Tensor, bias: Tensor | None) -> Function:
+    """x [..., K] -> silu(x Wg^T) * (x Wu^T) [..., I] for a weight [2 I, K] of gates, then ups; as pack_linear, rounded as by silu_mul after it."""
+    plain = pack_linear(weight, bias)
+    if not _readable(weight) or linear_hopper is None or not linear_hopper.takes(weight, gated=True):
+        return lambda x: silu_mul(plain(x))
+    rows = rows_for(*weight.shape)
+    few = linear_hopper.pack(weight, bias, gated=True)
+    many = matmul_hopper.pack(weight, bias, gated=True) if bias is None else None
+
+    def apply(x: Tensor) -> Tensor:
+        if _by_rows(x, weight):
+            if len(x) == 1:
+                return by_rows(x, weight, bias, rows, gated=True)
+            if len(x) <= linear_hopper.MAX_TOKENS:
+                return few(x)
+            if many is not None and matmul_hopper.pays(len(x), weight):
+                return many(x)
+        return silu_mul(plain(x))
+
+    return apply
+
+
+def pack_linear_fixed(weight: Tensor, bias: Tensor | None) -> Function:
+    """As pack_linear, but a token's result has the same bits whatever the number of tokens. RuntimeError for a weight for which there is no
+    such product: fp32, odd shapes, other GPUs."""
+    return _fixed(weight, bias, False)
+
+
+def pack_gated_fixed(weight: Tensor, bias: Tensor | None) -> Function:
+    """As pack_gated, likewise."""
+    if bias is None:
+        return _fixed(weight, None, True)
+    plain = _fixed(weight, bias, False)
+    return lambda x: silu_mul(plain(x))
+
+
+def _fixed(weight: Tensor, bias: Tensor | None, gated: bool) -> Function:
+    """Both kernels sum in ascending order of the inputs, without a split, and which operand is swapped makes no difference."""
+    if linear_hopper is None or not (linear_hopper.takes(weight, gated) and matmul_hopper.takes(weight, gated)):
+        raise RuntimeError(f"no product of a fixed order for a weight {list(weight.shape)} of {weight.dtype} on {weight.device}")
+    few, many = linear_hopper.pack(weight, bias, gated), matmul_hopper.pack(weight, bias, gated)
+
+    def apply(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = few(flat) if len(flat) <= linear_hopper.MAX_TOKENS else many(flat)
+        return out.view(*x.shape[:-1], -1)
+
+    return apply
+
+
+def _readable(weight: Tensor) -> bool:
+    return weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous() and weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0
+
+
+def _by_rows(x: Tensor, weight: Tensor) -> bool:
+    return x.ndim == 2 and len(x) > 0 and x.dtype == weight.dtype and x.stride(1) == 1
+
+
+def _few(weight: Tensor, bias: Tensor | None) -> tuple[Function, int]:
+    """The product of few tokens, and how many those are at most."""
+    n, k = weight.shape
+    if n >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight):
+        return linear_hopper.pack(weight, bias), linear_hopper.MAX_TOKENS
+    tiles = tiles_for(n, k)
+    counters = torch.zeros(triton.cdiv(n, tiles.block_n), dtype=torch.int32, device=weight.device)
+    return lambda x: tiled(x, weight, bias, counters, tiles), MAX_TOKENS

@@ -1,0 +1,272 @@
+"""Linear layers of few tokens on Hopper at the memory's rate, y = x W^T (+ bias), and silu(gate) * up as their epilogue: a Gluon kernel.
+
+Weight rows are the rows of the tensor cores' products and tokens the columns, so that 8 tokens cost no more than 8. A warp copies blocks of
+weights and tokens to a deep ring in shared memory through the tensor memory accelerator, the first weights before the kernel ahead of this
+one is done; groups of four warps multiply 64 weight rows each. Every sum is one chain of fp32 tensor-core products in ascending order of the
+inputs, so a token's result depends neither on the number of tokens nor on the tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from miniinfer.kernels.triton import pdl
+from miniinfer.kernels.triton.matmul_hopper import multiprocessors
+
+MAX_TOKENS = 128  # above it tiles of many tokens are faster
+WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
+MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+PAIRS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))
+BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def copy_weights(desc, boxes, bar, stage, tile, block, GROUPS: gl.constexpr, BLOCK_K: gl.constexpr, GATED: gl.constexpr):
+    BOXES: gl.constexpr = BLOCK_K // WIDTH
+    for i in gl.static_range(GROUPS * BOXES):
+        box = boxes.index(stage * (GROUPS * BOXES) + i)
+        group = tile * GROUPS + i // BOXES
+        column = block * BLOCK_K + i % BOXES * WIDTH
+        if GATED:
+            tma.async_copy_global_to_shared(desc, [group * 4, 0, 0, column], bar, box)
+        else:
+            tma.async_copy_global_to_shared(desc, [group * 64, column], bar, box)
+
+
+@gluon.jit
+def copy_tokens(desc, boxes, bar, stage, first, block, BLOCK_K: gl.constexpr):
+    BOXES: gl.constexpr = BLOCK_K // WIDTH
+    for i in gl.static_range(BOXES):
+        tma.async_copy_global_to_shared(desc, [first, block * BLOCK_K + i * WIDTH], bar, boxes.index(stage * BOXES + i))
+
+
+@gluon.jit
+def copy(
+    args,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The copying warp. Units are the tiles' blocks, one after the other; the first that the ring holds get their weights before `begin`."""
+    w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns = args
+    BYTES: gl.constexpr = (GROUPS * 64 + BLOCK_T) * BLOCK_K * 2
+    first = begin * blocks
+    last = end * blocks
+    ahead = gl.minimum(last - first, STAGES)
+    for i in range(ahead):
+        unit = first + i
+        mbarrier.expect(ready.index(i), BYTES)
+        copy_weights(w_desc, w_boxes, ready.index(i), i, unit // blocks // columns, unit % blocks, GROUPS, BLOCK_K, GATED)
+    pdl.begin(PDL)
+    for i in range(ahead):
+        unit = first + i
+        copy_tokens(x_desc, x_boxes, ready.index(i), i, unit // blocks % columns * BLOCK_T, unit % blocks, BLOCK_K)
+    tile = (first + ahead) // blocks
+    block = (first + ahead) % blocks
+    stage = 0
+    phase = 0
+    for _ in range(first + ahead, last):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(ready.index(stage), BYTES)
+        copy_weights(w_desc, w_boxes, ready.index(stage), stage, tile // columns, block, GROUPS, BLOCK_K, GATED)
+        copy_tokens(x_desc, x_boxes, ready.index(stage), stage, tile % columns * BLOCK_T, block, BLOCK_K)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        block += 1
+        if block == blocks:
+            block = 0
+            tile += 1
+
+
+@gluon.jit
+def multiply(GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr):
+    """Four warps: 64 weight rows of every tile. They write what depends on the kernel ahead only after tokens have come, so after `begin`."""
+    bias, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n = args
+    ROWS: gl.constexpr = 32 if GATED else 64  # of the result
+    VECTOR: gl.constexpr = min(8, ROWS * BLOCK_T // 128)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
+    store_layout: gl.constexpr = gl.BlockedLayout([VECTOR, 1], [ROWS // 4 // VECTOR, 128 * VECTOR // ROWS], [4, 1], [0, 1])
+    dtype: gl.constexpr = out.dtype.element_ty
+    acc_rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))
+    cols = gl.arange(0, BLOCK_T, gl.SliceLayout(0, store_layout))
+    stage = 0
+    before = 0
+    phase = 0
+    for tile in range(begin, end):
+        acc = gl.zeros([64, BLOCK_T], gl.float32, layout)
+        for block in range(blocks):
+            mbarrier.wait(ready.index(stage), phase)
+            acc = warpgroup_mma(w_smem.index(stage * GROUPS + GROUP), x_smem.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])  # the one of the block before
+            mbarrier.arrive(empty.index(before), count=1, pred=block > 0)
+            before = stage
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before), count=1)
+
+        first = (tile // columns * GROUPS + GROUP) * ROWS
+        if GATED:  # eight rows of gates, then the eight that they gate, which lie in the same threads
+            if bias is not None:
+                at = first + acc_rows // 16 * 8 + acc_rows % 8
+                acc += gl.load(bias + acc_rows // 8 % 2 * size_n + at, mask=at < size_n, other=0.0).to(gl.float32)[:, None]
+            gate, up = gl.split(gl.permute(gl.reshape(acc.to(dtype), [4, 2, 8, BLOCK_T]), (0, 2, 3, 1)))
+            gate = gl.convert_layout(gl.reshape(gate, [ROWS, BLOCK_T]), store_layout).to(gl.float32)
+            up = gl.convert_layout(gl.reshape(up, [ROWS, BLOCK_T]), store_layout).to(gl.float32)
+            result = ((gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32) * up).to(dtype)
+        else:
+            if bias is not None:
+                acc += gl.load(bias + first + acc_rows, mask=first + acc_rows < size_n, other=0.0).to(gl.float32)[:, None]
+            result = gl.convert_layout(acc.to(dtype), store_layout)
+        token = tile % columns * BLOCK_T + cols
+        at = gl.cast(token, gl.int64)[None, :] * size_n + (first + rows)[:, None]
+        gl.store(out + at, result, mask=(first + rows < size_n)[:, None] & (token < tokens)[None, :])
+
+
+@gluon.jit(do_not_specialize=["tokens", "blocks", "columns", "tiles"])
+def linear_hopper_kernel(
+    w_desc, x_desc, bias, out, tokens, size_n, blocks, columns, tiles,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
+    REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Persistent programs over tiles of 64 * GROUPS weight rows and BLOCK_T tokens, numbered by rows, then by their `columns` of tokens.
+
+    w_desc: the weight [N, K] in boxes [64, WIDTH], or GATED: [I / 8, 2, 8, K], which is eight gates, eight ups, and so on, in boxes
+    [4, 2, 8, WIDTH]; x_desc: tokens [T, K] in boxes [BLOCK_T, WIDTH], zeros after the last; out: [T, size_n]. `blocks` of BLOCK_K inputs."""
+    BOXES: gl.constexpr = STAGES * BLOCK_K // WIDTH
+    dtype: gl.constexpr = out.dtype.element_ty
+    w_smem = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_K], MATRIX)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], MATRIX)
+    # A swizzled matrix is its column blocks of WIDTH, one after the other, each of them rows of 128 bytes: the boxes as they arrive.
+    if GATED:
+        w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 4, 2, 8, WIDTH], PAIRS)
+    else:
+        w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 64, WIDTH], MATRIX)
+    x_boxes = x_smem._reinterpret(dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    fence_async_shared()
+
+    begin = gl.program_id(0) * tiles // gl.num_programs(0)
+    end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
+    copied = (w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns)
+    multiplied = (bias, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n)
+    if GROUPS == 1:
+        gl.warp_specialize([
+            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
+            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+        ], [1], [24])  # fmt: skip
+    elif GROUPS == 2:
+        gl.warp_specialize([
+            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
+            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
+            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
+            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
+            (multiply, (2, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
+            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- launch
+
+RING = 200 * 1024  # bytes of shared memory for stages: with less of them under way, few programs do not reach the memory's rate
+READ, INTO_ONE, INTO_ALL = 4.5e6, 0.112e6, 10e6  # bytes/us of an H200: from memory, and from the L2 cache into one and into all multiprocessors
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tokens and groups of 64 weight rows of a tile, inputs of a stage, and stages."""
+
+    tokens: int
+    groups: int
+    inputs: int
+    stages: int
+
+    @property
+    def registers(self) -> int:
+        """A thread's, on average, in a program of `groups` * 4 warps and a copying warp's four (three idle)."""
+        return 128 if self.tokens > 64 else (96, 80, 80 if self.tokens > 32 else 64)[self.groups - 1]
+
+
+def tile(tokens: int, groups: int) -> Tile:
+    """With as many inputs in a stage, side by side in memory, as leave five stages."""
+    stages = {inputs: RING // ((groups * 64 + tokens) * inputs * 2) for inputs in (256, 128, 64)}
+    inputs = next(i for i in stages if stages[i] >= 5)
+    return Tile(tokens, groups, inputs, min(stages[inputs], 16))
+
+
+@cache
+def tile_for(tokens: int, rows: int, inputs: int, programs: int) -> Tile:
+    """The tile with which the slowest of what must be done is done first: the read, and copies into the busiest and into all multiprocessors.
+
+    On an H200 within 3 % of the best of some 11 to 30 launches for nearly all weights of 0.6B to 32B models, at 8 to 128 tokens."""
+    least = max(8, 1 << (tokens - 1).bit_length())
+
+    def time(candidate: Tile) -> float:
+        tiles = -(-rows // (64 * candidate.groups)) * -(-tokens // candidate.tokens)
+        copied = (64 * candidate.groups + candidate.tokens) * inputs * 2
+        parts = rows * inputs * 2 / READ, -(-tiles // programs) * copied / INTO_ONE, tiles * copied / INTO_ALL
+        return max(parts) + 0.05 * sum(parts)
+
+    sizes = [least, least // 2] if least >= 64 else [least]
+    return min((tile(size, groups) for size in sizes for groups in (1, 2, 3)), key=time)
+
+
+def takes(weight: Tensor, gated: bool = False) -> bool:
+    """Whether `pack` can have this weight: 16-bit and by rows, on a Hopper GPU, with sides that copies can address."""
+    n, k = weight.shape
+    fits = weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    return fits and k % 8 == 0 and n % (16 if gated else 1) == 0 and multiprocessors(weight.device) > 0
+
+
+def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[[Tensor], Tensor]:
+    """x [T, K] -> x W^T + b [T, N] for a weight [N, K] that `takes`, read where it lies; 0 < T <= MAX_TOKENS. x is copied
+    unless its rows lie at multiples of 16 bytes. A token's result does not depend on T.
+
+    gated: the weight's first half are gates, and the result is silu(gate) * up [T, N / 2], rounded like the reference's silu_mul of the
+    product. New values in the weight must be complete before the kernel ahead of this one starts."""
+    n, k = weight.shape
+    programs = multiprocessors(weight.device)
+    if gated:
+        size_n, shape, strides, box, layout = n // 2, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], [4, 2, 8, WIDTH.value], PAIRS.value
+    else:
+        size_n, shape, strides, box, layout = n, [n, k], [k, 1], [64, WIDTH.value], MATRIX.value
+    w_desc = TensorDescriptor(weight, shape, strides, box, layout)
+
+    def product(x: Tensor) -> Tensor:
+        if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        tokens = len(x)
+        how = tile_for(tokens, n, k, programs)
+        out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
+        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.tokens, WIDTH.value], MATRIX.value)
+        columns = -(-tokens // how.tokens)
+        tiles = -(-n // (64 * how.groups)) * columns
+        linear_hopper_kernel[(min(tiles, programs),)](
+            w_desc, x_desc, bias, out, tokens, size_n, -(-k // how.inputs), columns, tiles,
+            BLOCK_T=how.tokens, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
+            REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, PDL=True, launch_pdl=True,
+            num_warps=4, maxnreg=how.registers,
+        )  # fmt: skip
+        return out
+
+    return product
