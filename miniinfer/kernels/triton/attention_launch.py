@@ -42,8 +42,8 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """As the reference. Tokens beyond query_start[B] and sequences of length <= 0 get zeros.
 
-    On Hopper, decoding begins to read before the kernel ahead of it is complete: that one may write the queries and each sequence's last key
-    and value (rope_qkv_cache does), but the rest of the cache, tables and lengths must be the work of kernels before it."""
+    On Hopper, decoding begins to read before the two kernels ahead of it are complete: the last of them may write the queries and each
+    sequence's last key and value (rope_qkv_cache does), but the rest of the cache, tables and lengths must be the work of kernels before."""
     dim = q.shape[2]
     assert k_cache.stride()[2:] == (dim, 1) and v_cache.stride()[2:] == (dim, 1) and page_table.stride(1) == 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -106,19 +106,20 @@ def copy_page(desc, boxes, ready, empty, at, row, DIM: gl.constexpr, STAGES: gl.
 @gluon.jit
 def copy_pages(
     k_desc, v_desc, boxes, notes, note_ready, note_empty, ready, empty, counters, page_table, rows, query_start, lengths, num_seqs, heads,
-    table_stride, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr,
+    table_stride, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """The copying warp. Its items are the heads of whole sequences, and the chunks of heads of split ones, numbered through; programs draw
     them from a counter, except for the first. Sequences in large chunks come first, and the last ones are split, which evens out the end."""
-    BLOCK: gl.constexpr = 256
-    lanes: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-    total = 0  # pages of all sequences, and the most of one
-    most = 0
-    for first in range(0, num_seqs, BLOCK):
-        seqs = first + gl.arange(0, BLOCK, lanes)
-        length, _, single, _ = load_sequences(rows, query_start, lengths, seqs, num_seqs)
-        _, pages, _ = cut(length, WINDOW, CHUNK, LIMIT)
-        pages = gl.where(single, pages, 0)
+    lanes: gl.constexpr = gl.BlockedLayout([BLOCK // 32], [32], [1], [0])
+    length, token, single, row = load_sequences(rows, query_start, lengths, gl.arange(0, BLOCK, lanes), num_seqs)
+    _, pages, _ = cut(length, WINDOW, CHUNK, LIMIT)
+    pages = gl.where(single, pages, 0)
+    total = gl.sum(pages, 0)  # pages of all sequences, and the most of one
+    most = gl.max(pages, 0)
+    for first in range(BLOCK, num_seqs, BLOCK):
+        next_length, _, next_single, _ = load_sequences(rows, query_start, lengths, first + gl.arange(0, BLOCK, lanes), num_seqs)
+        _, pages, _ = cut(next_length, WINDOW, CHUNK, LIMIT)
+        pages = gl.where(next_single, pages, 0)
         total += gl.sum(pages, 0)
         most = gl.maximum(most, gl.max(pages, 0))
 
@@ -130,14 +131,15 @@ def copy_pages(
     for later in range(gl.where(most > CHUNK * LIMIT, 0, 1), 2):
         for first in range(0, num_seqs, BLOCK):
             seqs = first + gl.arange(0, BLOCK, lanes)
-            length, token, single, row = load_sequences(rows, query_start, lengths, seqs, num_seqs)
+            if num_seqs > BLOCK:
+                length, token, single, row = load_sequences(rows, query_start, lengths, seqs, num_seqs)
             _, pages, chunks = cut(length, WINDOW, CHUNK, LIMIT)
-            single = single & ((pages <= CHUNK * LIMIT) == (later == 1))
-            pages = gl.where(single, pages, 0)
+            now = single & ((pages <= CHUNK * LIMIT) == (later == 1))
+            pages = gl.where(now, pages, 0)
             pages_after = total - pages_before - gl.associative_scan(pages, 0, plus)
             # Whole, if what comes after can still fill a quarter of the time that it takes on every program.
             whole = (chunks == 1) | (pages_after * heads * 4 >= pages * gl.num_programs(0))
-            items = gl.where(single, gl.where(whole, 1, chunks) * heads, 0)
+            items = gl.where(now, gl.where(whole, 1, chunks) * heads, 0)
             ends = before + gl.associative_scan(items, 0, plus)
             begins = ends - items
             before = gl.max(ends, 0)
@@ -286,7 +288,7 @@ def finish(
 ):  # fmt: skip
     """The finishing warps count the chunks of split sequences, and fold those of a head once the last is there."""
     ROWS: gl.constexpr = 2 if GROUP <= 2 else 4 if GROUP <= 4 else 8 if GROUP <= 8 else 16
-    BATCH: gl.constexpr = 16 if ROWS <= 4 else 8 if ROWS == 8 else 2  # chunks under way at a time: what the registers hold
+    BATCH: gl.constexpr = 8 if ROWS <= 8 else 2  # chunks under way at a time: what the registers hold
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DIM, DIM // 4], [gl.num_warps(), 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     group = gl.arange(0, ROWS, by_row)
@@ -333,12 +335,13 @@ def finish(
 def decode_hopper_kernel(
     q, k_desc, v_desc, out, partial, tops, totals, counters, page_table, rows, query_start, lengths, num_seqs, num_tokens, heads, slots,
     qk_scale, table_stride,
-    GROUP: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs of 4 warps and their helpers. Sequences whose number of queries is not 1 are left alone.
 
-    Begins before the kernel ahead of it is complete, by reading pages: that kernel may write the queries and each sequence's last key and
-    value, nothing else that is read here. k_desc, v_desc: the caches as [pages * heads * PAGE_SIZE, DIM] in boxes [PAGE_SIZE, WIDTH].
+    Begins to read pages before the kernels ahead of it are complete: the last one may write the queries and each sequence's last key and
+    value; no other thing that is read here may be the work of the last two. k_desc, v_desc: the caches as [pages * heads * PAGE_SIZE, DIM]
+    in boxes [PAGE_SIZE, WIDTH]. BLOCK: how many sequences are looked at in one go.
     Scratch, fp32: partial [B, heads, slots, GROUP, DIM], tops and totals [B, heads, slots, GROUP], with slots for a sequence's chunks.
     counters: 2 + B * heads zeros, and zeros again at the end."""
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -366,7 +369,7 @@ def decode_hopper_kernel(
             (attend, (q, out, partial, tops, totals, smem, notes, note_ready, done, ready, empty, query_start, num_seqs, num_tokens, heads,
                       slots, qk_scale, GROUP, DIM, WINDOW, CHUNK, LIMIT, STAGES)),
             (copy_pages, (k_desc, v_desc, boxes, notes, note_ready, note_empty, ready, empty, counters, page_table, rows, query_start,
-                          lengths, num_seqs, heads, table_stride, DIM, WINDOW, CHUNK, LIMIT, STAGES)),
+                          lengths, num_seqs, heads, table_stride, DIM, WINDOW, CHUNK, LIMIT, STAGES, BLOCK)),
             (finish, (out, partial, tops, totals, notes, note_ready, note_empty, done, counters, heads, slots,
                       GROUP, DIM, WINDOW, CHUNK, LIMIT)),
         ],

@@ -22,7 +22,7 @@ from miniinfer.kernels.triton.prefill_hopper import prefill_hopper_kernel
 
 LOG2E = 1.4426950408889634
 PAGE_SIZE = 64
-CHUNK = 4  # pages of one chunk of a decoded sequence; of a longer one all chunks grow, so that there are
+CHUNK = 3  # pages of one chunk of a decoded sequence; of a longer one all chunks grow, so that there are
 CHUNKS = 33  # at most these,
 CHUNKS_TIMES_HEADS = 264  # and these over all kv heads: enough to fill a GPU with one sequence
 PROGRAMS = 2  # of the decode kernel on a multiprocessor
@@ -124,7 +124,8 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
     scale: float, window: int, max_length: int,
 ) -> None:  # fmt: skip
-    """Pages, tables and lengths must be complete before the kernel ahead starts, except for each sequence's last key and value."""
+    """Pages, tables and lengths must be complete before the kernel ahead starts, and the one ahead of that if it is rope_qkv_cache, which lets
+    this one start at once; except for each sequence's last key and value."""
     tokens, heads, dim = q.shape
     kv_heads, sequences = k_cache.shape[1], len(rows)
     group, pairs = heads // kv_heads, sequences * kv_heads
@@ -141,6 +142,7 @@ def decode(
         q, *_cache_maps(k_cache, v_cache), out, partial, tops, totals, counters, page_table, rows, query_start, lengths, sequences, tokens,
         kv_heads, slots, scale * LOG2E, page_table.stride(0),
     )  # fmt: skip
-    shape = (group, dim, window, CHUNK, limit, RING_BYTES // (PAGE_SIZE * dim * 2))
+    block = 32 if sequences <= 32 else 256
+    shape = (group, dim, window, CHUNK, limit, RING_BYTES // (PAGE_SIZE * dim * 2), block)
     programs = min(pairs * slots, PROGRAMS * multiprocessors(q.device))
     _launch(decode_hopper_kernel, programs, arguments, shape, (q.dtype,), num_warps=4, maxnreg=128, launch_pdl=True)

@@ -29,6 +29,8 @@ def _rope_qkv_cache_kernel(
     BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (t, i): the i-th block of heads of token t, counted over q's blocks, then k's, then v's."""
+    if PDL:  # attention may start at once: it has much to fetch that no kernel of this layer writes, before it waits for this one
+        tl.extra.cuda.gdc_launch_dependents()
     pdl.begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
