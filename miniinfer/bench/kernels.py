@@ -110,6 +110,25 @@ def norm_cases(ops: Ops) -> Iterator[Case]:
         yield Case(f"silu_mul {rows}x{3 * size}", rows * size * 18, 0, silu)
 
 
+def linear_cases(ops: Ops) -> Iterator[Case]:
+    """Projections of 8B and 0.6B models; gate and up with silu(gate) * up. Beside them cuBLAS, for those followed by our silu_mul."""
+    weights = {
+        "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate, up": (24_576, 4096), "8B down": (4096, 12_288), "8B head": (VOCAB, 4096),
+        "0.6B qkv": (4096, 1024), "0.6B o": (1024, 2048), "0.6B gate, up": (6144, 1024), "0.6B down": (1024, 3072),
+    }  # fmt: skip
+    for name, (n, k) in weights.items():
+        for tokens in (1, 8, 32, 128):
+
+            def make(name: str = name, n: int = n, k: int = k, tokens: int = tokens) -> tuple[Callable[[], object], Callable[[], object]]:
+                x, weight, gated = rand(tokens, k), rand(n, k) * k**-0.5, "gate" in name
+                pack = ops.pack_gated if gated else ops.pack_linear
+                assert pack is not None
+                product = pack(weight, None)
+                return lambda: product(x), lambda: ops.silu_mul(F.linear(x, weight)) if gated else F.linear(x, weight)
+
+            yield Case(f"{name} {n}x{k} T={tokens}", (n * k + tokens * (k + n)) * 2, 2 * n * k * tokens, make)
+
+
 def rope_cases(ops: Ops, heads: int = 32, kv_heads: int = 8, dim: int = 128, size: int = 64) -> Iterator[Case]:
     for tokens in (1, 256, 8192):
 
@@ -217,6 +236,7 @@ def step_cases(ops: Ops) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[Ops], Iterator[Case]]] = {
     "norm": norm_cases,
+    "linear": linear_cases,
     "rope": rope_cases,
     "attention": attention_cases,
     "moe": moe_cases,

@@ -264,8 +264,8 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[[
         linear_hopper_kernel[(min(tiles, programs),)](
             w_desc, x_desc, bias, out, tokens, size_n, -(-k // how.inputs), columns, tiles,
             BLOCK_T=how.tokens, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
-            REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, PDL=True, launch_pdl=True,
-            num_warps=4, maxnreg=how.registers,
+            REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, num_warps=4, maxnreg=how.registers,
+            **pdl.launch_options(tokens),
         )  # fmt: skip
         return out
 
