@@ -90,11 +90,21 @@ def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], shape: tuple
         _compiled[key] = compiled
 
 
-@cache
-def _zeros(device: torch.device, stream: int | None, size: int) -> Tensor:
-    """Counters of a kernel that leaves them at zero. Launches on different streams may overlap and must not share them; graphs, which replay
-    one after the other, share those of stream None."""
-    return torch.zeros(size, dtype=torch.int32, device=device)
+_counters: dict[tuple[torch.device, int | None, int], Tensor] = {}
+
+
+def _zeros(device: torch.device, size: int) -> Tensor:
+    """Counters of a kernel that leaves them at zero: some for each stream, since launches on different streams may overlap and must not share
+    them, and some for graphs, which replay one after the other."""
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = None if capturing else torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get((device, stream, size))
+    if found is None:
+        found = torch.zeros(size, dtype=torch.int32, device=device)  # in a capture without a run ahead of it: cleared by every replay
+        if not capturing:
+            _counters[device, stream, size] = found
+            _counters.setdefault((device, None, size), torch.zeros_like(found))
+    return found
 
 
 def prefill(
@@ -107,13 +117,9 @@ def prefill(
     tiles = tokens // (64 // group * 2) + len(rows)
     copy_q = group & (group - 1) == 0  # a box's sides are powers of two
     queries = _tensor_map(q.data_ptr(), q.dtype, tuple(q.shape), (64 // group, group, 64)) if copy_q else None
-    if torch.cuda.is_current_stream_capturing():
-        tickets = torch.zeros(2, dtype=torch.int32, device=q.device)  # in the graph's memory, cleared by every replay
-    else:
-        tickets = _zeros(q.device, torch.cuda.current_stream(q.device).cuda_stream, 2)
     arguments = (
-        q, queries, *_cache_maps(k_cache, v_cache), out, tickets, page_table, rows, query_start, lengths, len(rows), tokens, tiles, kv_heads,
-        scale * LOG2E, q.stride(0), page_table.stride(0),
+        q, queries, *_cache_maps(k_cache, v_cache), out, _zeros(q.device, 2), page_table, rows, query_start, lengths, len(rows), tokens, tiles,
+        kv_heads, scale * LOG2E, q.stride(0), page_table.stride(0),
     )  # fmt: skip
     shape = (group, dim, skip_single, copy_q)
     programs = min(tiles * kv_heads, multiprocessors(q.device))
@@ -134,10 +140,7 @@ def decode(
     slots = min(limit, triton.cdiv(pages, CHUNK))
     scratch = torch.empty(pairs * slots * group * (dim + 2), dtype=torch.float32, device=q.device)
     partial, tops, totals = scratch.split([pairs * slots * group * n for n in (dim, 1, 1)])
-    size = triton.next_power_of_2(2 + pairs)
-    counters = _zeros(q.device, None, size)  # made by the run that goes before a capture
-    if not torch.cuda.is_current_stream_capturing():
-        counters = _zeros(q.device, torch.cuda.current_stream(q.device).cuda_stream, size)
+    counters = _zeros(q.device, triton.next_power_of_2(2 + pairs))
     arguments = (
         q, *_cache_maps(k_cache, v_cache), out, partial, tops, totals, counters, page_table, rows, query_start, lengths, sequences, tokens,
         kv_heads, slots, scale * LOG2E, page_table.stride(0),
