@@ -244,14 +244,14 @@ def expert_tiles(rows: float, element_size: int, gated: bool) -> dict[str, int]:
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), sizes, strict=True))
 
 
-def hopper_tiles(pairs: int, experts: int, tiles: int, programs: int) -> dict[str, int]:
-    """The same of expert_hopper_kernel, where an expert has `tiles` tiles of 256 columns: narrower ones where so few pairs would leave
-    programs idle, deep ones where experts have many. The ring of blocks fills shared memory."""
-    if pairs * tiles < programs:
+def hopper_tiles(pairs: int, experts: int, tiles: int, gated: bool, programs: int) -> dict[str, int]:
+    """The same of expert_hopper_kernel, where an expert has `tiles` tiles of 256 rows of weights: deep ones where experts have many pairs,
+    else such as read the weights best: narrow ones of gates, and where there would be too few. The ring of blocks fills shared memory."""
+    if pairs > 48 * experts:
+        return {"GROUPS": 2, "BLOCK_N": 256, "STAGES": 4, "REGISTERS": 72, "maxnreg": 168}
+    if gated or 2 * pairs * tiles < programs:
         return {"GROUPS": 1, "BLOCK_N": 128, "STAGES": 8, "REGISTERS": 80, "maxnreg": 160}
-    if pairs <= 48 * experts:
-        return {"GROUPS": 1, "BLOCK_N": 256, "STAGES": 5, "REGISTERS": 80, "maxnreg": 160}
-    return {"GROUPS": 2, "BLOCK_N": 256, "STAGES": 4, "REGISTERS": 72, "maxnreg": 168}
+    return {"GROUPS": 1, "BLOCK_N": 256, "STAGES": 5, "REGISTERS": 80, "maxnreg": 160}
 
 
 @cache
@@ -320,7 +320,7 @@ def _product_hopper(
 ) -> None:
     (experts, rows, size_k), (pairs, size_n) = weight.shape, out.shape
     programs = _multiprocessors(x.device)
-    tiles = hopper_tiles(pairs, experts, triton.cdiv(rows, 256), programs)
+    tiles = hopper_tiles(pairs, experts, triton.cdiv(rows, 256), gated, programs)
     weights = TensorDescriptor(weight, [experts * rows, size_k], [size_k, 1], [tiles["BLOCK_N"] // 2, 64], MATRIX)
     inputs = None if gated else TensorDescriptor(x, [pairs, size_k], [size_k, 1], [64, 64], MATRIX)
     expert_hopper_kernel[(programs,)](

@@ -111,7 +111,7 @@ def copy_tiles(
                 for group in gl.static_range(GROUPS):
                     tma.async_copy_global_to_shared(x_desc, [begin + group * 64, k], ready.index(stage), a_smem.index(stage * GROUPS + group))
             at += 1
-        work = gl.num_programs(0) + gl.atomic_add(ticket, 1)
+        work = gl.num_programs(0) + gl.atomic_add(ticket, 1, sem="relaxed")
     slot = tile & 1
     mbarrier.wait(tile_empty.index(slot), ((tile >> 1) & 1) ^ 1)
     notes.index(slot * 4 + 1).store(gl.full([1], 0, gl.int32, scalar))
