@@ -46,7 +46,7 @@ def make(folder: Path, shape: dict[str, Any], **options: Any) -> EngineCore:
     """An engine over the same random weights each time."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape))
-    if fraction := options.pop("pages", None):
+    if fraction := options.pop("pages", None):  # of the longest request
         options["num_pages"] = 2 + int(fraction * LONGEST / options["page_size"])
     defaults = {"max_num_seqs": 16, "cpu_kv_gib": 0.02, "max_model_len": LONGEST, "deterministic": True}
     return EngineCore(EngineConfig(model=str(folder), load_format="dummy", **{**defaults, **options}))

@@ -15,8 +15,8 @@ from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenL
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.engine.output import OutputProcessor, validate
 from miniinfer.engine.text import Tokenizer
-from miniinfer.serve.openai import Api
 from miniinfer.serve.server import uvicorn_config
+from miniinfer.serve.service import Service
 
 END = 2  # <|im_end|>
 
@@ -90,7 +90,7 @@ class Server:
 
     def __init__(self, engine: Any, model: str = "tiny", defaults: dict[str, Any] | None = None, **options: Any) -> None:
         self.engine = engine
-        self.api = Api(engine, ServerConfig(**options), model, defaults or {})
+        self.api = Service(engine, ServerConfig(**options), model, defaults or {})
         self.uvicorn = uvicorn.Server(uvicorn_config(self.api))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 

@@ -77,7 +77,10 @@ def _build(shape: ModelConfig, config: EngineConfig, device: torch.device) -> De
 
 def _pack(model: Decoder, ops: Ops) -> None:
     if ops.pack_linear is not None:
-        model.pack(ops.pack_linear, ops.pack_gated)
+        try:
+            model.pack(ops.pack_linear, ops.pack_gated)
+        except RuntimeError as e:  # only products of a fixed order refuse a weight
+            raise ConfigError(f"deterministic: {e}") from e
 
 
 def shapes(runner: Runner) -> list[Shape]:

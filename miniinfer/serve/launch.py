@@ -44,10 +44,10 @@ async def _run(config: EngineConfig, server_config: ServerConfig, listener: sock
     engine = AsyncEngine(config, chat_template=server_config.chat_template)
     try:
         _, parts = await asyncio.gather(engine.start(), asyncio.to_thread(_import_server))
-        api = parts.Api(engine, server_config, model_name(config.model, server_config), sampling_defaults(engine.info))
-        server = parts.Server(api, listener)
+        service = parts.Service(engine, server_config, model_name(config.model, server_config), sampling_defaults(engine.info))
+        server = parts.Server(service, listener)
         signals.stop = server.stop
-        throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(api.metrics, lambda: engine.stats))
+        throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(service.metrics, lambda: engine.stats))
         await server.serve(sockets=[listener])
         if throughput is not None:
             throughput.cancel()

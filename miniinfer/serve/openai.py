@@ -1,374 +1,57 @@
-"""The OpenAI API over an AsyncEngine: routes, and the life of a request from its bytes to its last event.
-
-Owns routing, admission and the handling of clients that go away. What a body may hold is protocol.py's, what an answer looks like is
-answers.py's, sockets and signals are launch.py's.
-"""
+"""OpenAI's API: chat completions, completions, models. Owns the routes; the life of a request is service.py's, bodies are protocol.py's."""
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
-from miniinfer import __version__
-from miniinfer.config import ServerConfig
-from miniinfer.data import RequestOutput, SamplingParams
-from miniinfer.engine.client import AsyncEngine, EngineDeadError
-from miniinfer.serve.answers import DONE, Answer, ChatAnswer, CompletionAnswer, Prompt
-from miniinfer.serve.metrics import CONTENT_TYPE, Metrics, Timer
-from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse
-from miniinfer.utils import get_logger
-
-log = get_logger(__name__)
-
-_BODY_SECONDS = 60.0  # a client that takes longer to send its body is given up
-_DRAINING = "the server is shutting down"
-
-T = TypeVar("T")
+from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
+from miniinfer.serve.protocol import ChatRequest, CompletionRequest
+from miniinfer.serve.service import Service
 
 
-class Api:
-    """The routes' state: one engine under one model name. `defaults` are sampling parameters of the checkpoint's own."""
+def router(service: Service) -> APIRouter:
+    """The routes below /v1."""
+    routes = APIRouter(prefix="/v1")
+    engine = service.engine
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, model: str, defaults: dict[str, Any]) -> None:
-        self.engine, self.config, self.model, self.defaults = engine, config, model, defaults
-        self.metrics = Metrics(lambda: self.engine.stats)
-        self.created = int(time.time())
-        self.draining = False
-        self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
+    @routes.post("/chat/completions")
+    async def chat(http: Request) -> Response:
+        request = await service.read(http, ChatRequest)
+        params = request.params(service.defaults)
+        prompt = await service.chat_prompt(
+            [message.for_template() for message in request.messages],
+            request.offered_tools,
+            add_generation_prompt=request.add_generation_prompt,
+            add_special_tokens=bool(request.add_special_tokens),
+            template_kwargs=request.chat_template_kwargs,
+        )
+        answer = ChatAnswer(f"chatcmpl-{uuid.uuid4().hex}", service.model, request, [prompt], params.n, engine.tokenizer)
+        return await service.respond(http, answer, params)
 
-    # ------------------------------------------------------------------------------------------------------- routes
-
-    async def chat(self, http: Request) -> Response:
-        request = await self._read(http, ChatRequest)
-        params = request.params(self.defaults)
-        if self.engine.tokenizer is None:
-            raise ApiError(400, "messages: the server runs without a tokenizer; send token ids to /v1/completions", param="messages")
-        messages = [message.for_template() for message in request.messages]
-        try:
-            text = self.engine.tokenizer.render_chat(
-                messages, request.offered_tools, request.add_generation_prompt, **(request.chat_template_kwargs or {})
-            )
-        except ValueError as e:
-            raise ApiError.from_value_error(e, "messages") from None
-        prompt = Prompt(await self._encode(text, bool(request.add_special_tokens), "messages"))
-        answer = ChatAnswer(f"chatcmpl-{uuid.uuid4().hex}", self.model, request, [prompt], params.n, self.engine.tokenizer)
-        return await self._respond(http, answer, params)
-
-    async def completions(self, http: Request) -> Response:
-        request = await self._read(http, CompletionRequest)
-        params = request.params(self.defaults)
+    @routes.post("/completions")
+    async def completions(http: Request) -> Response:
+        request = await service.read(http, CompletionRequest)
+        params = request.params(service.defaults)
         prompts = []
         for given in request.prompt:
             if isinstance(given, str):
-                prompts.append(Prompt(await self._encode(given, request.add_special_tokens is not False, "prompt"), given))
+                prompts.append(Prompt(await service.encode(given, request.add_special_tokens is not False, "prompt"), given))
             else:
                 prompts.append(Prompt(given))
-        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", self.model, request, prompts, params.n, self.engine.tokenizer)
-        return await self._respond(http, answer, params)
+        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, engine.tokenizer)
+        return await service.respond(http, answer, params)
 
-    async def models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+    @routes.get("/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [service.card()]})
 
-    async def one_model(self, model: str) -> Response:
-        self._check_model(model)
-        return JSONResponse(self._card())
+    @routes.get("/models/{model:path}")
+    async def one_model(model: str) -> Response:
+        service.check_model(model)
+        return JSONResponse(service.card())
 
-    async def live(self) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def ready(self) -> Response:
-        """Also /health: does the server take work."""
-        status = "draining" if self.draining else "ok" if self.engine.is_alive else "engine dead"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-    async def version(self) -> Response:
-        return JSONResponse({"version": __version__})
-
-    async def prometheus(self) -> Response:
-        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
-
-    async def start_profile(self) -> Response:
-        return await self._control("start_profile")
-
-    async def stop_profile(self) -> Response:
-        return await self._control("stop_profile")
-
-    async def _control(self, command: str) -> Response:
-        """A command to the engine, and its answer as JSON."""
-        try:
-            return JSONResponse(await self.engine.control(command))
-        except EngineDeadError:
-            raise
-        except RuntimeError as e:
-            raise ApiError(400, str(e).removeprefix("ValueError: ")) from None
-
-    async def authorize(self, http: Request) -> None:
-        if self.config.api_key is None:
-            return
-        scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.config.api_key.encode()):
-            headers = {"www-authenticate": "Bearer"}
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key", headers=headers)
-
-    @property
-    def unfinished(self) -> int:
-        """Prompts accepted and not ended."""
-        return len(self._open)
-
-    def abort_all(self) -> None:
-        """Ends every open request; its client gets an error."""
-        for request_id in list(self._open):
-            self.engine.abort(request_id)
-
-    # ----------------------------------------------------------------------------------------------------- requests
-
-    async def _read(self, http: Request, kind: type[Any]) -> Any:
-        """The checked request, if the server takes it at all."""
-        self._admit(0)
-        kind_of_body = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind_of_body != "application/json":
-            raise ApiError(415, f"the content type must be application/json, got {kind_of_body!r}")
-        request = parse(kind, await _read_body(http, self.config.max_body_mib))
-        if request.model is not None:
-            self._check_model(request.model)
-        return request
-
-    def _admit(self, prompts: int) -> None:
-        """Room for so many more prompts? ApiError 503 or 429 if not."""
-        if self.draining:
-            raise ApiError(503, _DRAINING)
-        if not self.engine.is_alive:
-            raise ApiError(503, "the engine has died")
-        limit = self.config.max_waiting
-        if prompts > limit:
-            raise ApiError(400, f"prompt: {prompts} prompts in one request, the server takes at most {limit}", param="prompt")
-        if self.unfinished + max(prompts, 1) > limit:
-            raise ApiError(
-                429, f"{self.unfinished} requests are unfinished; try again later", code="rate_limit_exceeded", headers={"retry-after": "1"}
-            )
-
-    def _check_model(self, name: str) -> None:
-        if name != self.model:
-            raise ApiError(404, f"the model '{name}' does not exist; this server has '{self.model}'", param="model", code="model_not_found")
-
-    def _card(self) -> dict[str, Any]:
-        length = self.engine.info.get("max_model_len")
-        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "miniinfer", "max_model_len": length}
-
-    async def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
-        try:
-            return await self.engine.encode(text, add_special_tokens)
-        except ValueError as e:
-            raise ApiError.from_value_error(e, field) from None
-
-    def _check_length(self, prompt: Prompt, max_tokens: int | None) -> None:
-        limit, length = self.engine.info["max_model_len"], len(prompt.token_ids)
-        if length + (max_tokens or 1) > limit:
-            asked = f"{length} prompt tokens" + (f" and {max_tokens} for the answer" if max_tokens else "")
-            message = f"the model's context is {limit} tokens, but the request has {asked}"
-            raise ApiError(400, message, param="max_tokens" if length < limit else None, code="context_length_exceeded")
-
-    # ------------------------------------------------------------------------------------------------------ answers
-
-    async def _respond(self, http: Request, answer: Answer, params: SamplingParams) -> Response:
-        for prompt in answer.prompts:
-            self._check_length(prompt, params.max_tokens)
-        headers = {"x-request-id": answer.id}
-        items = self._items(answer, params)
-        if not answer.request.stream:
-            return Response(await _unless_gone(http, _collect(items, answer)), media_type="application/json", headers=headers)
-        # The status line waits for the first news, so that whatever the engine refuses still gets its own status.
-        first = await _unless_gone(http, anext(items))
-        return EventStream(self._events(first, items, answer), items, {**headers, "cache-control": "no-cache"})
-
-    async def _events(self, first: RequestOutput, items: AsyncGenerator[RequestOutput], answer: Answer) -> AsyncGenerator[bytes]:
-        try:
-            yield _encode_item(first, answer)
-            async for item in items:
-                if event := _encode_item(item, answer):
-                    yield event
-            if answer.request.include_usage:
-                yield answer.usage_event()
-        except Exception as e:  # the status line is gone: the error goes into the stream, where clients look for it
-            shown = _as_api_error(e)
-            if shown.status == 500:
-                log.error("%s failed", answer.id, exc_info=e)
-            yield b"data: " + shown.body() + b"\n\n"
-        yield DONE
-
-    async def _items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[RequestOutput]:
-        """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
-        request, count = answer.request, len(answer.prompts)
-        self._admit(count)
-        self.metrics.prompt_tokens += sum(len(p.token_ids) for p in answer.prompts)
-        timer = Timer(self.metrics, len(answer.choices))
-        ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
-        numbers = {request_id: i for i, request_id in enumerate(ids)}
-        self._open.update(ids)
-        sources = [
-            self.engine.generate(prompt.token_ids, params, request_id, request.priority, request.cache_salt, delta=True)
-            for request_id, prompt in zip(ids, answer.prompts, strict=True)
-        ]
-        try:
-            async with aclosing(sources[0] if count == 1 else _merge(sources)) as merged:
-                async for item in merged:
-                    if item.error is not None:
-                        raise ApiError(500, f"the engine failed on this request: {item.error}")
-                    number = numbers[item.request_id]
-                    answer.note(number, item)
-                    for delta in item.outputs:
-                        if delta.finish_reason == "abort":
-                            raise ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
-                        delta.index += number * answer.n
-                        timer.update(delta.index, delta)
-                    yield item
-        except ValueError as e:
-            raise ApiError.from_value_error(e) from None
-        except (GeneratorExit, asyncio.CancelledError):
-            self.metrics.finished["abort"] += 1
-            raise
-        finally:
-            self._open.difference_update(ids)
-            log.debug("%s ended: %s", answer.id, answer.usage())
-
-
-class EventStream(StreamingResponse):
-    """Closes its generators as soon as the client has gone, which aborts the request; the garbage collector might take its time."""
-
-    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[RequestOutput], headers: dict[str, str]) -> None:
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._events, self._items = events, items
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._items), aclosing(self._events):
-            await super().__call__(scope, receive, send)
-
-
-def _encode_item(item: RequestOutput, answer: Answer) -> bytes:
-    outputs = item.outputs
-    return answer.event(outputs[0]) if len(outputs) == 1 else b"".join([answer.event(output) for output in outputs])
-
-
-async def _collect(items: AsyncGenerator[RequestOutput], answer: Answer) -> bytes:
-    async with aclosing(items):
-        async for item in items:
-            for delta in item.outputs:
-                answer.add(delta)
-    return answer.result()
-
-
-async def _merge(sources: list[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
-    """The sources' items as they come. Closing it closes them all."""
-    queue: asyncio.Queue[RequestOutput | Exception | None] = asyncio.Queue()
-
-    async def pump(source: AsyncGenerator[RequestOutput]) -> None:
-        try:
-            async for item in source:
-                queue.put_nowait(item)
-        except Exception as e:
-            queue.put_nowait(e)
-        else:
-            queue.put_nowait(None)
-
-    tasks = [asyncio.create_task(pump(source)) for source in sources]
-    try:
-        running = len(tasks)
-        while running:
-            got = await queue.get()
-            if isinstance(got, Exception):
-                raise got
-            if got is None:
-                running -= 1
-            else:
-                yield got
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; ClientDisconnect, and the work cancelled, if the client goes away before."""
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _read_body(http: Request, limit_mib: int) -> bytes:
-    """The body, never holding more than the limit of it."""
-    limit, parts, size = limit_mib << 20, [], 0
-    too_large = ApiError(413, f"the body is larger than {limit_mib} MiB")
-    if int(http.headers.get("content-length", 0)) > limit:
-        raise too_large
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for part in http.stream():
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS:.0f} seconds", headers={"connection": "close"}) from None
-    return b"".join(parts)
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    """What the client gets to see of an error: never its insides."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, EngineDeadError):
-        return ApiError(503, "the engine has died")
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-    return ApiError(500, "internal error; the server's log says more")
-
-
-def build_app(api: Api) -> FastAPI:
-    """The ASGI application: the routes, and every error in OpenAI's shape."""
-    app = FastAPI(openapi_url=None)
-
-    async def on_error(http: Request, error: Exception) -> Response:
-        if isinstance(error, ClientDisconnect):
-            return Response(status_code=499)  # nobody is there to read it
-        shown = _as_api_error(error)
-        if shown.status == 404 and isinstance(error, HTTPException):
-            shown.message = f"there is no {http.url.path} here"
-        api.metrics.refused[str(shown.status)] += 1
-        return Response(shown.body(), shown.status, shown.headers, "application/json")
-
-    for kind in (ApiError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
-        app.add_exception_handler(kind, on_error)
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(api.authorize)])
-    v1.add_api_route("/models", api.models, methods=["GET"])
-    v1.add_api_route("/models/{model:path}", api.one_model, methods=["GET"])
-    v1.add_api_route("/chat/completions", api.chat, methods=["POST"])
-    v1.add_api_route("/completions", api.completions, methods=["POST"])
-    app.include_router(v1)
-    for path, route in (("start_profile", api.start_profile), ("stop_profile", api.stop_profile)):
-        app.add_api_route(f"/{path}", route, methods=["POST"], dependencies=[Depends(api.authorize)])
-    for path, route in (("live", api.live), ("ready", api.ready), ("health", api.ready), ("version", api.version), ("metrics", api.prometheus)):
-        app.add_api_route(f"/{path}", route, methods=["GET"])
-    return app
+    return routes

@@ -16,11 +16,12 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from miniinfer.serve.app import build_app
 from miniinfer.serve.metrics import log_throughput
-from miniinfer.serve.openai import Api, build_app
+from miniinfer.serve.service import Service
 from miniinfer.utils import get_logger
 
-__all__ = ["Api", "Server", "greeting", "log_throughput", "uvicorn_config"]
+__all__ = ["Service", "Server", "greeting", "log_throughput", "uvicorn_config"]
 
 log = get_logger(__name__)
 
@@ -28,27 +29,27 @@ DRAIN_SECONDS = 5.0  # how long a stopping server lets open requests go on
 MAX_HEAD = 64 << 10  # bytes of a request line and its headers
 
 
-def greeting(api: Api, listener: socket.socket) -> str:
+def greeting(service: Service, listener: socket.socket) -> str:
     """Where the server is, and a command that talks to it."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    tokenizer, url = api.engine.tokenizer, f"http://{host}:{port}/v1"
-    body: dict[str, Any] = {"model": api.model}
+    tokenizer, url = service.engine.tokenizer, f"http://{host}:{port}/v1"
+    body: dict[str, Any] = {"model": service.model}
     if tokenizer is None:
         path, body = "completions", body | {"prompt": [1, 2, 3]}
     elif "default" in tokenizer.chat_templates:
         path, body = "chat/completions", body | {"messages": [{"role": "user", "content": "Hello! What are you?"}]}
     else:
         path, body = "completions", body | {"prompt": "Once upon a time"}
-    key = "" if api.config.api_key is None else " -H 'Authorization: Bearer YOUR-KEY'"
+    key = "" if service.config.api_key is None else " -H 'Authorization: Bearer YOUR-KEY'"
     curl = f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-    return f"{api.model} is ready at {url} (Ctrl+C stops it). Try:\n  {curl}"
+    return f"{service.model} is ready at {url} (Ctrl+C stops it). Try:\n  {curl}"
 
 
-def uvicorn_config(api: Api) -> uvicorn.Config:
+def uvicorn_config(service: Service) -> uvicorn.Config:
     """How uvicorn runs our application; its log has our handlers, and only errors to tell."""
     return uvicorn.Config(
-        build_app(api),
+        build_app(service),
         port=0,  # of no effect where the socket is given
         http=_Protocol,
         ws="none",
@@ -87,9 +88,9 @@ class _Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn under our own signal handling: drain, then abort what is left; a second signal aborts at once."""
 
-    def __init__(self, api: Api, listener: socket.socket) -> None:
-        super().__init__(uvicorn_config(api))
-        self._api, self._greeting = api, greeting(api, listener)
+    def __init__(self, service: Service, listener: socket.socket) -> None:
+        super().__init__(uvicorn_config(service))
+        self._service, self._greeting = service, greeting(service, listener)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -102,9 +103,9 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """First call: no new requests, those that run may end within DRAIN_SECONDS. Second call: abort them."""
         if self.should_exit:
-            self._api.abort_all()
+            self._service.abort_all()
             self.force_exit = True
             return
-        log.info("stopping; %d requests may end within %.0f s, a second signal aborts them", self._api.unfinished, DRAIN_SECONDS)
-        self._api.draining = self.should_exit = True
-        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._api.abort_all)
+        log.info("stopping; %d requests may end within %.0f s, a second signal aborts them", self._service.unfinished, DRAIN_SECONDS)
+        self._service.draining = self.should_exit = True
+        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._service.abort_all)

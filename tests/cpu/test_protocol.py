@@ -432,7 +432,7 @@ def test_headers_without_end_are_cut_off(server: Server) -> None:
 
 
 def test_a_body_that_never_comes_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("miniinfer.serve.openai._BODY_SECONDS", 0.2)
+    monkeypatch.setattr("miniinfer.serve.service._BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port)) as s:
         s.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{{".encode())
         s.settimeout(5)

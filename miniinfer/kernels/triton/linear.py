@@ -247,13 +247,17 @@ def pack_gated_fixed(weight: Tensor, bias: Tensor | None) -> Function:
 
 def _fixed(weight: Tensor, bias: Tensor | None, gated: bool) -> Function:
     """Both kernels sum in ascending order of the inputs, without a split, and which operand is swapped makes no difference."""
-    if linear_hopper is None or not (linear_hopper.takes(weight, gated) and matmul_hopper.takes(weight, gated)):
-        raise RuntimeError(f"no product of a fixed order for a weight {list(weight.shape)} of {weight.dtype} on {weight.device}")
-    few, many = linear_hopper.pack(weight, bias, gated), matmul_hopper.pack(weight, bias, gated)
+    if linear_hopper is None or not linear_hopper.takes(weight, gated):
+        kind = f"a weight {list(weight.shape)} of {str(weight.dtype).removeprefix('torch.')}"
+        raise RuntimeError(f"no product for {kind} whose sums do not depend on the batch; there is one for bfloat16 and float16 on Hopper GPUs")
+    few, most = linear_hopper.pack(weight, bias, gated), linear_hopper.MAX_TOKENS
+    many = (
+        matmul_hopper.pack(weight, bias, gated) if matmul_hopper.takes(weight, gated) else lambda x: torch.cat([few(part) for part in x.split(most)])
+    )
 
     def apply(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out = few(flat) if len(flat) <= linear_hopper.MAX_TOKENS else many(flat)
+        out = few(flat) if len(flat) <= most else many(flat)
         return out.view(*x.shape[:-1], -1)
 
     return apply

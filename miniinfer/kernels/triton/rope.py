@@ -88,7 +88,7 @@ def rope_qkv_cache(
     tokens = qkv.shape[0]
     q = torch.empty(tokens, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     assert qkv.stride(1) == 1 and k_cache.stride()[2:] == (dim, 1) and v_cache.stride()[2:] == (dim, 1) and cos_sin.is_contiguous()
-    # A block of heads a program: one when there are few tokens to spread over the GPU, more when launches would outnumber the work (H200: docs/log.md).
+    # A block of heads a program: one when there are few tokens to spread over the GPU, more when launches would outnumber the work.
     heads, warps = (1, 1) if tokens <= 32 else (16, 4) if tokens <= 1024 else (8, 1)
     grid = (tokens, triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
     if tokens:

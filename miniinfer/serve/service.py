@@ -1,0 +1,305 @@
+"""The life of a request, whatever API it came through: read, checked, admitted, run by the engine, answered, and given up if its client goes away.
+
+Owns admission and the engine's side of every API. What a body may hold is protocol.py's, what an answer looks like is answers.py's or the API's own;
+routes are the APIs' (openai.py and its neighbours), put together in app.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from miniinfer.config import ServerConfig
+from miniinfer.data import RequestOutput, SamplingParams
+from miniinfer.engine.client import AsyncEngine, EngineDeadError
+from miniinfer.serve.answers import DONE, Answer, Prompt
+from miniinfer.serve.metrics import Metrics, Timer
+from miniinfer.serve.protocol import ApiError, parse
+from miniinfer.utils import get_logger
+
+log = get_logger(__name__)
+
+_BODY_SECONDS = 60.0  # a client that takes longer to send its body is given up
+_DRAINING = "the server is shutting down"
+
+T = TypeVar("T")
+
+
+class Service:
+    """What all routes share: one engine under one model name. `defaults` are sampling parameters of the checkpoint's own."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, model: str, defaults: dict[str, Any]) -> None:
+        self.engine, self.config, self.model, self.defaults = engine, config, model, defaults
+        self.metrics = Metrics(lambda: self.engine.stats)
+        self.created = int(time.time())
+        self.draining = False
+        self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
+
+    async def control(self, command: str) -> Response:
+        """A command to the engine, and its answer as JSON."""
+        try:
+            return JSONResponse(await self.engine.control(command))
+        except EngineDeadError:
+            raise
+        except RuntimeError as e:
+            raise ApiError(400, str(e).removeprefix("ValueError: ")) from None
+
+    async def authorize(self, http: Request) -> None:
+        if self.config.api_key is None:
+            return
+        scheme, _, key = http.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.config.api_key.encode()):
+            headers = {"www-authenticate": "Bearer"}
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key", headers=headers)
+
+    @property
+    def unfinished(self) -> int:
+        """Prompts accepted and not ended."""
+        return len(self._open)
+
+    def abort_all(self) -> None:
+        """Ends every open request; its client gets an error."""
+        for request_id in list(self._open):
+            self.engine.abort(request_id)
+
+    # ----------------------------------------------------------------------------------------------------- requests
+
+    async def read(self, http: Request, kind: type[Any]) -> Any:
+        """The checked request, if the server takes it at all."""
+        self.admit(0)
+        kind_of_body = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind_of_body != "application/json":
+            raise ApiError(415, f"the content type must be application/json, got {kind_of_body!r}")
+        request = parse(kind, await _read_body(http, self.config.max_body_mib))
+        if request.model is not None:
+            self.check_model(request.model)
+        return request
+
+    def admit(self, prompts: int) -> None:
+        """Room for so many more prompts? ApiError 503 or 429 if not."""
+        if self.draining:
+            raise ApiError(503, _DRAINING)
+        if not self.engine.is_alive:
+            raise ApiError(503, "the engine has died")
+        limit = self.config.max_waiting
+        if prompts > limit:
+            raise ApiError(400, f"prompt: {prompts} prompts in one request, the server takes at most {limit}", param="prompt")
+        if self.unfinished + max(prompts, 1) > limit:
+            raise ApiError(
+                429, f"{self.unfinished} requests are unfinished; try again later", code="rate_limit_exceeded", headers={"retry-after": "1"}
+            )
+
+    def check_model(self, name: str) -> None:
+        if name != self.model:
+            raise ApiError(404, f"the model '{name}' does not exist; this server has '{self.model}'", param="model", code="model_not_found")
+
+    def card(self) -> dict[str, Any]:
+        length = self.engine.info.get("max_model_len")
+        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "miniinfer", "max_model_len": length}
+
+    async def encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
+        try:
+            return await self.engine.encode(text, add_special_tokens)
+        except ValueError as e:
+            raise ApiError.from_value_error(e, field) from None
+
+    async def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation as the checkpoint's chat template writes it, in tokens. ApiError 400 for one that it refuses."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "messages: the server runs without a tokenizer; send token ids to /v1/completions", param="messages")
+        try:
+            text = tokenizer.render_chat(messages, tools, add_generation_prompt, **(template_kwargs or {}))
+        except ValueError as e:
+            raise ApiError.from_value_error(e, "messages") from None
+        return Prompt(await self.encode(text, add_special_tokens, "messages"))
+
+    def check_length(self, prompt: Prompt, max_tokens: int | None) -> None:
+        limit, length = self.engine.info["max_model_len"], len(prompt.token_ids)
+        if length + (max_tokens or 1) > limit:
+            asked = f"{length} prompt tokens" + (f" and {max_tokens} for the answer" if max_tokens else "")
+            message = f"the model's context is {limit} tokens, but the request has {asked}"
+            raise ApiError(400, message, param="max_tokens" if length < limit else None, code="context_length_exceeded")
+
+    # ------------------------------------------------------------------------------------------------------ answers
+
+    async def respond(self, http: Request, answer: Answer, params: SamplingParams) -> Response:
+        for prompt in answer.prompts:
+            self.check_length(prompt, params.max_tokens)
+        headers = {"x-request-id": answer.id}
+        items = self.items(answer, params)
+        if not answer.request.stream:
+            return Response(await _unless_gone(http, _collect(items, answer)), media_type="application/json", headers=headers)
+        # The status line waits for the first news, so that whatever the engine refuses still gets its own status.
+        first = await _unless_gone(http, anext(items))
+        return EventStream(self._events(first, items, answer), items, {**headers, "cache-control": "no-cache"})
+
+    async def _events(self, first: RequestOutput, items: AsyncGenerator[RequestOutput], answer: Answer) -> AsyncGenerator[bytes]:
+        try:
+            yield _encode_item(first, answer)
+            async for item in items:
+                if event := _encode_item(item, answer):
+                    yield event
+            if answer.request.include_usage:
+                yield answer.usage_event()
+        except Exception as e:  # the status line is gone: the error goes into the stream, where clients look for it
+            shown = as_api_error(e)
+            if shown.status == 500:
+                log.error("%s failed", answer.id, exc_info=e)
+            yield b"data: " + shown.body() + b"\n\n"
+        yield DONE
+
+    async def items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[RequestOutput]:
+        """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
+        request, count = answer.request, len(answer.prompts)
+        self.admit(count)
+        self.metrics.prompt_tokens += sum(len(p.token_ids) for p in answer.prompts)
+        timer = Timer(self.metrics, len(answer.choices))
+        ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
+        numbers = {request_id: i for i, request_id in enumerate(ids)}
+        self._open.update(ids)
+        sources = [
+            self.engine.generate(prompt.token_ids, params, request_id, request.priority, request.cache_salt, delta=True)
+            for request_id, prompt in zip(ids, answer.prompts, strict=True)
+        ]
+        try:
+            async with aclosing(sources[0] if count == 1 else _merge(sources)) as merged:
+                async for item in merged:
+                    if item.error is not None:
+                        raise ApiError(500, f"the engine failed on this request: {item.error}")
+                    number = numbers[item.request_id]
+                    answer.note(number, item)
+                    for delta in item.outputs:
+                        if delta.finish_reason == "abort":
+                            raise ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
+                        delta.index += number * answer.n
+                        timer.update(delta.index, delta)
+                    yield item
+        except ValueError as e:
+            raise ApiError.from_value_error(e) from None
+        except (GeneratorExit, asyncio.CancelledError):
+            self.metrics.finished["abort"] += 1
+            raise
+        finally:
+            self._open.difference_update(ids)
+            log.debug("%s ended: %s", answer.id, answer.usage())
+
+
+class EventStream(StreamingResponse):
+    """Closes its generators as soon as the client has gone, which aborts the request; the garbage collector might take its time."""
+
+    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[RequestOutput], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events, self._items = events, items
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._items), aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+def _encode_item(item: RequestOutput, answer: Answer) -> bytes:
+    outputs = item.outputs
+    return answer.event(outputs[0]) if len(outputs) == 1 else b"".join([answer.event(output) for output in outputs])
+
+
+async def _collect(items: AsyncGenerator[RequestOutput], answer: Answer) -> bytes:
+    async with aclosing(items):
+        async for item in items:
+            for delta in item.outputs:
+                answer.add(delta)
+    return answer.result()
+
+
+async def _merge(sources: list[AsyncGenerator[RequestOutput]]) -> AsyncGenerator[RequestOutput]:
+    """The sources' items as they come. Closing it closes them all."""
+    queue: asyncio.Queue[RequestOutput | Exception | None] = asyncio.Queue()
+
+    async def pump(source: AsyncGenerator[RequestOutput]) -> None:
+        try:
+            async for item in source:
+                queue.put_nowait(item)
+        except Exception as e:
+            queue.put_nowait(e)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        running = len(tasks)
+        while running:
+            got = await queue.get()
+            if isinstance(got, Exception):
+                raise got
+            if got is None:
+                running -= 1
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; ClientDisconnect, and the work cancelled, if the client goes away before."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _read_body(http: Request, limit_mib: int) -> bytes:
+    """The body, never holding more than the limit of it."""
+    limit, parts, size = limit_mib << 20, [], 0
+    too_large = ApiError(413, f"the body is larger than {limit_mib} MiB")
+    if int(http.headers.get("content-length", 0)) > limit:
+        raise too_large
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in http.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS:.0f} seconds", headers={"connection": "close"}) from None
+    return b"".join(parts)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client gets to see of an error: never its insides."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "the engine has died")
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    return ApiError(500, "internal error; the server's log says more")
