@@ -5,6 +5,7 @@ Owns types only: no torch, no input or output, no policy. Wire messages are msgs
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
@@ -16,6 +17,64 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
+MAX_GRAMMAR_BYTES = 256 << 10  # of a schema, a grammar, a regular expression or all choices together
+STRUCTURED = "json json_object regex choice grammar structural_tag".split()
+
+
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What an output must look like: exactly one of the six. Names are vLLM's. Raises ValueError, naming the field, on a bad value.
+
+    JSON schemas and structural tags are given as objects or as JSON text, and kept as text."""
+
+    json: str | bool | dict[str, Any] | None = None  # a JSON schema
+    json_object: bool = False  # any JSON object
+    regex: str | None = None  # the whole output matches it
+    choice: list[str] | None = None  # the output is one of these
+    grammar: str | None = None  # Lark as llguidance understands it, or GBNF (`root ::= ...`)
+    structural_tag: str | dict[str, Any] | None = None  # free text in which what stands between tags is constrained
+    field: str = "structured_outputs"  # where the caller wrote it: what errors name
+
+    def __post_init__(self) -> None:
+        given = [name for name in STRUCTURED if getattr(self, name) not in (None, False) or (name == "json" and self.json is False)]
+        if len(given) != 1:
+            said = f"got {', '.join(given)}" if given else "got none"
+            raise ValueError(f"{self.field}: exactly one of {', '.join(STRUCTURED)} must be set, {said}")
+        if given[0] == "choice":
+            if not isinstance(self.choice, list) or not self.choice or not all(isinstance(c, str) and c for c in self.choice):
+                raise ValueError(f"{self.field}: choice must be a list of non-empty strings")
+        elif given[0] in ("json", "structural_tag"):
+            value = getattr(self, given[0])
+            setattr(self, given[0], value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        self._check_text(given[0])
+
+    def _check_text(self, kind: str) -> None:
+        text = self.text
+        try:
+            size = len(text.encode())
+        except (UnicodeEncodeError, AttributeError):
+            raise ValueError(f"{self.field}: {kind} must be valid text, without unpaired surrogates") from None
+        if not text:
+            raise ValueError(f"{self.field}: {kind} must not be empty")
+        if size > MAX_GRAMMAR_BYTES:
+            raise ValueError(f"{self.field}: {kind} has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
+        if kind in ("json", "structural_tag"):
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{self.field}: {kind} is not valid JSON: {e}") from None
+            if not isinstance(value, dict) and (kind != "json" or not isinstance(value, bool)):
+                raise ValueError(f"{self.field}: {kind} must be a JSON object, got {type(value).__name__}")
+
+    @property
+    def kind(self) -> str:
+        """Which of the six it is."""
+        return next(name for name in STRUCTURED if getattr(self, name) not in (None, False))
+
+    @property
+    def text(self) -> str:
+        """Its content: with `kind`, all that the constraint depends on."""
+        value = getattr(self, self.kind)
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -44,6 +103,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_logprobs: Annotated[int | None, "alternatives per prompt token"] = None
     skip_special_tokens: Annotated[bool, "leave special tokens out of the text"] = True
     detokenize: Annotated[bool, "turn tokens into text"] = True
+    explain_cache: Annotated[bool, "say why the first token that was not found in the prefix cache was not"] = False
+    structured_outputs: Annotated[StructuredOutputsParams | None, "what the output must look like"] = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
@@ -104,9 +165,12 @@ class Request:
     row: int = -1
     computed: int = 0
     in_flight: int = 0
+    arrived: float = 0.0  # on the loop's clock
     cached_tokens: int = 0  # of the first admission's prompt, found in the cache
+    admission: Admission | None = None  # since it was first admitted
     preemptions: int = 0
     pages: Any = None  # cache/manager.py's record of the pages held
+    constraint: Any = None  # engine/grammar.py's state of this sequence, where the output must have a structure
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # gathered chunk by chunk, if wanted
 
     @property
@@ -143,6 +207,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     copies: list[tuple[int, int, int]]  # (kind, source page, destination page)
     logprobs: int = -1  # most alternatives any row asks for; -1 = none wanted
     prompt_logprobs: list[int] = []  # batch entries whose prompt positions want logprobs
+    constrained: list[int] = []  # batch entries that sample under a mask, which follows when the tokens before it are known
 
     @property
     def num_tokens(self) -> int:
@@ -193,6 +258,14 @@ class Control(msgspec.Struct, tag=True, array_like=True):
     command: str
 
 
+class Admission(msgspec.Struct, array_like=True):
+    """How a sequence came to run: seconds in the queue and, if its request wants an explanation, why the prompt's first token that was not
+    found in the prefix cache was not (CacheManager.explain); None if all that could be reused was found."""
+
+    queued: float
+    cache_miss: str | None = None
+
+
 class SequenceUpdate(msgspec.Struct, array_like=True):
     """New tokens of one sequence, and how it ended if it did ("stop", "length", "abort" or "error")."""
 
@@ -204,6 +277,8 @@ class SequenceUpdate(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None  # whole, with the first update that has them
     cached_tokens: int = 0
     error: str | None = None
+    admission: Admission | None = None  # with the first token
+    invalid: bool = False  # the error is the request's own fault; its text begins with the field's name
 
 
 class Updates(msgspec.Struct, tag=True, array_like=True):
@@ -275,3 +350,5 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = field(default=None)
+    invalid: bool = False  # the error is the request's own fault; its text begins with the field's name
+    admission: Admission | None = None

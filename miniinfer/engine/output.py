@@ -190,9 +190,10 @@ class OutputProcessor:
                 result.outputs.append(sequence.output)
                 fresh.append(sequence)
             self._advance(sequence, sequence.output, update)
-            result.error = update.error or result.error
+            result.error, result.invalid = update.error or result.error, update.invalid or result.invalid
             if sequence.index == 0:  # its siblings find the prompt in the cache because of it
                 result.num_cached_tokens = update.cached_tokens or result.num_cached_tokens
+                result.admission = update.admission or result.admission
                 if update.prompt_logprobs is not None and request.params.prompt_logprobs is not None:
                     result.prompt_logprobs = self._prompt_logprobs(update.prompt_logprobs, request.params.prompt_logprobs)
             if sequence.output.finish_reason is not None:
@@ -276,9 +277,10 @@ def merge(total: RequestOutput, delta: RequestOutput) -> None:
             old.logprobs = (old.logprobs or []) + new.logprobs
             old.cumulative_logprob = (old.cumulative_logprob or 0.0) + (new.cumulative_logprob or 0.0)
     total.finished = delta.finished
-    total.error = delta.error or total.error
+    total.error, total.invalid = delta.error or total.error, delta.invalid or total.invalid
     total.prompt_logprobs = delta.prompt_logprobs or total.prompt_logprobs
     total.num_cached_tokens = delta.num_cached_tokens or total.num_cached_tokens
+    total.admission = delta.admission or total.admission
 
 
 def snapshot(output: RequestOutput) -> RequestOutput:

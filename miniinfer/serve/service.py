@@ -182,6 +182,8 @@ class Service:
         try:
             async with aclosing(sources[0] if count == 1 else _merge(sources)) as merged:
                 async for item in merged:
+                    if item.error is not None and item.invalid:
+                        raise ApiError.from_value_error(ValueError(item.error))
                     if item.error is not None:
                         raise ApiError(500, f"the engine failed on this request: {item.error}")
                     number = numbers[item.request_id]
