@@ -5,6 +5,7 @@ Owns types only: no torch, no input or output, no policy. Wire messages are msgs
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import Enum
@@ -134,6 +135,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
 
 
+def sequence_seed(params: SamplingParams, index: int, engine_seed: int, number: int) -> int:
+    """The seed of a request's sample `index`: its own plus the index or, if it has none, one drawn for the engine's `number`th sequence."""
+    if params.seed is None:
+        digest = hashlib.blake2b(f"{engine_seed}/{number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+    return (params.seed + index + 2**63) % 2**64 - 2**63
+
+
 # ------------------------------------------------------------------------------------------------- a request's life
 
 
@@ -243,6 +252,8 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     priority: int = 0
     group: str | None = None
     cache_salt: str = ""
+    output: list[int] = []  # what it had produced before the engine process was replaced; it goes on behind that
+    seed: int | None = None  # the sequence's own, fixed by the sender so that a replacement draws the same tokens; None: by params
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):

@@ -9,7 +9,6 @@ There is no prefill and no decode: a request has `computed` and `total` tokens, 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from bisect import insort
 from collections import Counter
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 
 from miniinfer.cache.manager import CacheManager, PageEntry
 from miniinfer.config import DETERMINISTIC_CHUNK
-from miniinfer.data import Add, Request, RowInit, SequenceUpdate, Status, StepPlan, StepResult, TokenLogprobs
+from miniinfer.data import Add, Admission, Request, RowInit, SequenceUpdate, Status, StepPlan, StepResult, TokenLogprobs, sequence_seed
 
 SECONDS_PER_PRIORITY = 30.0  # a request of priority p is treated as if it had come p times this later, so nobody starves
 RETRY_STEPS = 8  # how often a blocked head of the queue is tried again although no page was freed
@@ -88,7 +87,7 @@ class Scheduler:
         request = Request(
             id=message.id,
             prompt_len=size,
-            tokens=list(message.prompt),
+            tokens=[*message.prompt, *message.output],
             params=params,
             seed=0,
             max_total=limit if params.max_tokens is None else min(size + params.max_tokens, limit),
@@ -96,13 +95,10 @@ class Scheduler:
             key=(now + SECONDS_PER_PRIORITY * message.priority, self._arrivals),
             namespace=message.cache_salt,
             group=message.group,
+            arrived=now,
         )
         sibling = self._join_group(request)
-        if params.seed is None:
-            digest = hashlib.blake2b(f"{self._seed}/{self._arrivals}".encode(), digest_size=8).digest()
-            request.seed = int.from_bytes(digest, "little", signed=True)
-        else:
-            request.seed = (params.seed + sibling + 2**63) % 2**64 - 2**63
+        request.seed = sequence_seed(params, sibling, self._seed, self._arrivals) if message.seed is None else message.seed
         self.cache.join(request)
         self._requests[request.id] = request
         heapq.heappush(self._waiting, (request.key, request))
@@ -174,13 +170,14 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------- planning
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can be computed now (no work, or all of it waits for results in flight)."""
+    def schedule(self, now: float | None = None) -> StepPlan | None:
+        """The next step, or None if nothing can be computed now (no work, or all of it waits for results in flight). From `now`, on the clock
+        of `add`, newcomers learn how long they have waited."""
         plan = StepPlan(self._steps, [], [], [], [], [], [], [])
         preemptions = self._counts["preemptions"]
         work = self._plan_running(plan.page_entries)
         if not work or preemptions == self._counts["preemptions"]:  # where pages were short, newcomers would make them shorter
-            self._plan_waiting(work, plan)
+            self._plan_waiting(work, plan, now)
         self.cache.end_plan()
         if not work:
             return None
@@ -243,7 +240,7 @@ class Scheduler:
                 return False
         return True
 
-    def _plan_waiting(self, work: list[tuple[Request, int]], plan: StepPlan) -> None:
+    def _plan_waiting(self, work: list[tuple[Request, int]], plan: StepPlan, now: float | None) -> None:
         """Admits from the queue while rows, budget and pages last. A request that does not fit holds up those behind it; one that
         waits for its leader's prompt pages does not."""
         if not self._waiting or not self._rows:
@@ -258,6 +255,9 @@ class Scheduler:
                 continue
             if request.in_flight or not self._admit(request, plan):
                 break
+            if request.admission is None:
+                miss = self.cache.explain(request, self._running) if request.params.explain_cache else None
+                request.admission = Admission(0.0 if now is None else max(0.0, now - request.arrived), miss)
             count = self._chunk(request, min(len(request.tokens) - request.computed, budget, self._max_chunk))
             budget -= count
             if request.computed + count > request.pages.capacity and not self.cache.extend(request, request.computed + count, plan.page_entries):
@@ -337,8 +337,10 @@ class Scheduler:
         """Appends sampled tokens until a stop rule holds; the stop token itself is part of the output."""
         tokens, before = request.tokens, len(request.tokens)
         update = SequenceUpdate(request.id, new, cached_tokens=request.cached_tokens)
-        if before == request.prompt_len and request.params.prompt_logprobs is not None:
-            update.prompt_logprobs = request.prompt_logprobs
+        if before == request.prompt_len:
+            update.admission = request.admission
+            if request.params.prompt_logprobs is not None:
+                update.prompt_logprobs = request.prompt_logprobs
         for token in new:
             tokens.append(token)
             if (token in request.stop_ids or len(tokens) >= request.max_total) and self._ends(request, token, update):
