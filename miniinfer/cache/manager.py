@@ -35,6 +35,7 @@ class Pages:
     first: list[int]  # per kind: index of the first page held
     nodes: list[Node] = field(default_factory=list)  # tree path of the committed pages, each locked
     capacity: int = 0  # tokens that fit into the pages held
+    cut: bool = False  # what was found in the cache went on into a page for whose copy there was no room
 
 
 class CacheManager:
@@ -100,8 +101,8 @@ class CacheManager:
         remain after it; `chunk` is the most tokens that a step will compute for it."""
         namespace = request.namespace if self.enabled else request.group
         wants_all = request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_len - 1
-        limit = 0 if wants_all else len(request.tokens) - 1 if not self.deterministic else max(0, request.prompt_len - 2)
-        match = NO_MATCH if namespace is None else self.tree.match(namespace, request.tokens, limit)
+        limit = 0 if wants_all else self._reusable(request)
+        match = found = NO_MATCH if namespace is None else self.tree.match(namespace, request.tokens, limit)
         if not self._fits(request, match, chunk, headroom):
             # A copy's source takes a page more than the request itself: it must not keep a request out that fills the pool.
             match = match.without_source(self.page_size)
@@ -111,12 +112,39 @@ class CacheManager:
         for k in self._full:
             self._grow(request, k, len(request.tokens), entries)
         self._set_capacity(request.pages)
+        request.pages.cut = match.length < found.length
         request.computed = match.length
         if request.preemptions == 0:
             request.cached_tokens = match.length
             self.query_tokens += request.prompt_len
             self.hit_tokens += match.length
         return True
+
+    def explain(self, request: Request, running: Iterable[Request]) -> str | None:
+        """Why the first token that a request just admitted did not find in the cache was not there; None if it found all that can be reused.
+
+        "disabled"; "prompt_logprobs" (they need every position); "page_boundary" (it is computed, in a page that cannot be shared: not yet
+        whole, or none was left for its copy); "not_yet_computed" (a request that still runs will have it); "evicted" (lately, whole page by page);
+        "other_salt" (it is there for requests without a salt); "never_seen". Of other salts' prefixes nothing is told: that is what salts are for."""
+        namespace = request.namespace if self.enabled else request.group
+        if namespace is None:
+            return "disabled"
+        if request.params.prompt_logprobs is not None:
+            return "prompt_logprobs"
+        tokens, at = request.tokens, request.computed
+        limit = self._reusable(request)
+        if at >= limit:
+            return None
+        if request.pages.cut:
+            return "page_boundary"
+        for other in running:
+            related = other.namespace == namespace if self.enabled else other.group == namespace
+            if other is not request and related and len(other.tokens) > at and other.tokens[at] == tokens[at] and other.tokens[:at] == tokens[:at]:
+                return "page_boundary" if other.computed > at else "not_yet_computed"
+        if self.tree.was_evicted(namespace, tokens, at):
+            return "evicted"
+        shared = self.enabled and namespace and self.tree.match("", tokens, limit).length > at
+        return "other_salt" if shared else "never_seen"
 
     def extend(self, request: Request, upto: int, entries: list[PageEntry]) -> bool:
         """Makes room for computing tokens [computed, upto); gives up pages behind the windows. False if too few pages are available."""
@@ -189,6 +217,10 @@ class CacheManager:
         self.tree.clear()
 
     # ---------------------------------------------------------------------------------------------------- internals
+
+    def _reusable(self, request: Request) -> int:
+        """How many of its first tokens may come from the cache: at least one is left to compute."""
+        return max(0, request.prompt_len - 2) if self.deterministic else len(request.tokens) - 1
 
     def _fits(self, request: Request, match: Match, chunk: int, headroom: int) -> bool:
         total = -(-len(request.tokens) // self.page_size)

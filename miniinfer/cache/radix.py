@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from miniinfer.cache.pool import PagePool
 
 TOKEN_BYTES = 4
+EVICTED_KEPT = 1 << 15  # evicted pages that are remembered, some 150 bytes each
 
 
 def pack(tokens: Sequence[int]) -> bytes:
@@ -30,11 +31,12 @@ class Node:
     `users`: requests whose path runs through it; protects the node and its pages of full-attention kinds.
     `refs[k]`: requests that read its page of sliding kind k; a sliding page may go while the node stays (pages[k] becomes 0)."""
 
-    __slots__ = ("children", "key", "keys", "pages", "parent", "refs", "users")
+    __slots__ = ("children", "digest", "key", "keys", "pages", "parent", "refs", "users")
 
     def __init__(self, parent: Node | None, key: bytes, pages: list[int]) -> None:
         self.parent = parent
         self.key = key
+        self.digest = 0 if parent is None else hash((parent.digest, key))  # of the whole path; it outlives the node in the list of the evicted
         self.pages = pages  # per kind, 0 = none
         self.users = 0
         self.refs = [0] * len(pages)
@@ -108,6 +110,7 @@ class RadixTree:
         self.sliding = tuple(k for k, window in enumerate(windows) if window)
         self.root = Node(None, b"", [])
         self.evictions = 0
+        self._evicted: OrderedDict[int, None] = OrderedDict()  # digests of pages evicted lately, oldest first
         self._pools = pools
         self.idle = LRU()  # nodes on nobody's path
         self.idle_pages = {k: LRU() for k in self.sliding}  # nodes whose page of that kind nobody reads
@@ -148,6 +151,20 @@ class RadixTree:
             if self._covered(present, length):
                 return Match(path, source, length, usable)
         return Match(path[:usable], None, usable * self.page_size, usable)
+
+    def was_evicted(self, name: str, tokens: Sequence[int], at: int) -> bool:
+        """Whether a page that held tokens[:at + 1], or its part of a sliding window, was evicted lately; asked where `match` ended at `at`."""
+        packed, width = pack(tokens), self.page_size * TOKEN_BYTES
+        key = name.encode("utf-8", "surrogatepass")
+        digest, node = hash((self.root.digest, key)), self.root.children.get(key)
+        pages, inside = divmod(at, self.page_size)
+        for i in range(pages):
+            key = packed[i * width : (i + 1) * width]
+            digest, node = hash((digest, key)), node and node.children.get(key)
+        key = packed[pages * width : (pages + 1) * width]
+        if node is not None and node.closest(key)[1] > inside:  # the node has stayed, its page of some window has not
+            return True
+        return any(hash((digest, key[: n * TOKEN_BYTES])) in self._evicted for n in range(inside + 1, len(key) // TOKEN_BYTES + 1))
 
     def first_needed(self, kind: int, position: int) -> int:
         """Index of the first page that computing `position` and later ones reads."""
@@ -214,7 +231,7 @@ class RadixTree:
         if not self.windows[kind]:
             node = self.idle.pop()
             parent = node.parent
-            self._remove(node)
+            self._forget(node)
         else:
             node = parent = self.idle_pages[kind].pop()
             self._pools[kind].free(node.pages[kind])
@@ -227,7 +244,7 @@ class RadixTree:
         while len(self.idle):
             node = self.idle.pop()
             parent = node.parent
-            self._remove(node)
+            self._forget(node)
             assert parent is not None
             self._prune(parent)
         for k in self.sliding:  # left over: pages behind the windows of running requests
@@ -275,6 +292,13 @@ class RadixTree:
         assert parent is not None
         del parent.children[node.key]
         del parent.keys[bisect_left(parent.keys, node.key)]
+
+    def _forget(self, node: Node) -> None:
+        """Removes a leaf, but remembers that it was there."""
+        self._remove(node)
+        self._evicted[node.digest] = None
+        if len(self._evicted) > EVICTED_KEPT:
+            self._evicted.popitem(last=False)
 
     def _prune(self, node: Node) -> None:
         """Removes a node that has become useless (no pages, children or users), then its parent if that has, and so on."""

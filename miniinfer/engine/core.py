@@ -110,7 +110,7 @@ class EngineCore:
         pending, self.pending = self.pending, None
         mark = self.profiler.mark
         with mark("schedule"):
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule(self.clock())
         if plan is not None:
             with mark(plan):
                 self.pending = self.runner.launch(plan)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from miniinfer.cache import radix
 from miniinfer.cache.manager import CacheManager, PageCopy, PageEntry
 from miniinfer.cache.pool import PagePool
 from miniinfer.data import Request, SamplingParams, Status, TokenLogprobs
@@ -361,3 +362,91 @@ def test_check_finds_damage(damage: str) -> None:
         bench.cache.tree.idle.add(first)
     with pytest.raises(RuntimeError, match="KV cache"):
         bench.cache.check(bench.running)
+
+
+# ----------------------------------------------------------------------------------------------------- explanations
+
+
+def why(b: Bench, tokens: list[int], **fields) -> tuple[int, str | None]:
+    """Where a prompt's first miss is, and what is said of it."""
+    request = b.admit(b.request(tokens, **fields))
+    assert request is not None
+    found, said = request.computed, b.cache.explain(request, b.running)
+    b.cache.end_plan()
+    request.computed = 0
+    b.end(request)
+    return found, said
+
+
+def test_a_miss_is_explained() -> None:
+    b, prompt = Bench(), seq(0, 10)
+    assert why(b, prompt) == (0, "never_seen")
+    b.run(prompt)
+    assert why(b, prompt) == (9, None)  # the last token is always computed
+    assert why(b, prompt[:6] + seq(90, 6)) == (6, "never_seen")
+    assert why(b, prompt + seq(90, 6)) == (10, "never_seen")
+    b.cache.reset()
+    assert why(b, prompt) == (0, "evicted")
+    assert why(b, prompt[:9] + seq(50, 9)) == (0, "evicted")  # its first page was there
+    assert why(b, [77, *prompt]) == (0, "never_seen")
+
+
+def test_an_evicted_end_is_told_from_an_end_never_seen() -> None:
+    b, prompt = Bench(pages=5), seq(0, 12)
+    b.run(prompt)
+    holder = b.admit(seq(500, 8))  # takes the last free page, and evicts the prompt's end
+    assert holder is not None
+    b.cache.end_plan()
+    b.end(holder)
+    assert why(b, prompt) == (8, "evicted")
+    assert why(b, prompt[:9]) == (8, None)
+    assert why(b, prompt[:8] + seq(70, 3)) == (8, "never_seen")
+
+
+def test_a_lost_window_is_an_eviction() -> None:
+    b, prompt = Bench(kinds=(0, 6), pages=17), seq(0, 16)
+    b.run(prompt)
+    while b.cache.tree.num_evictable(1):
+        b.cache.tree.evict(1)
+    assert why(b, prompt) == (0, "evicted")
+
+
+def test_salts_explain_only_what_is_unsalted() -> None:
+    b, prompt = Bench(), seq(0, 8)
+    b.run(prompt, namespace="a")
+    assert why(b, prompt, namespace="b") == (0, "never_seen") == why(b, prompt)
+    b.run(prompt)
+    assert why(b, prompt, namespace="b") == (0, "other_salt")
+    assert why(b, prompt, namespace="a") == (7, None)
+
+
+def test_pages_of_a_running_request_explain_a_miss() -> None:
+    b, prompt = Bench(), seq(0, 12)
+    first = b.admit(prompt)
+    assert first is not None
+    assert why(b, prompt) == (0, "not_yet_computed")
+    assert b.compute(first, 6)
+    assert why(b, prompt) == (4, "page_boundary")  # two tokens more are computed, in a page that is not whole
+    assert why(b, [*prompt[:4], 99, 98]) == (4, "never_seen")
+    assert why(b, prompt, namespace="b") == (0, "other_salt")
+
+
+def test_what_forbids_reuse_is_named() -> None:
+    prompt = seq(0, 8)
+    off = Bench(enabled=False)
+    assert why(off, prompt) == (0, "disabled")
+    b = Bench()
+    b.run(prompt)
+    assert why(b, prompt, params=SamplingParams(prompt_logprobs=0)) == (0, "prompt_logprobs")
+    tight = Bench(pages=3)
+    tight.run(prompt[:6])
+    assert why(tight, [*prompt[:5], 9, 9, 9]) == (4, "page_boundary")  # the copy's source would take a third page
+
+
+def test_the_memory_of_evictions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(radix, "EVICTED_KEPT", 3)
+    b = Bench()
+    for start in (0, 100, 200, 300):
+        b.run(seq(start, S))
+    b.cache.reset()
+    assert [why(b, seq(start, S))[1] for start in (0, 100, 200, 300)] == ["never_seen", "evicted", "evicted", "evicted"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from miniinfer.cache.manager import CacheManager
-from miniinfer.data import Add, SamplingParams, SequenceUpdate, StepPlan, StepResult, TokenLogprobs
+from miniinfer.data import Add, Admission, SamplingParams, SequenceUpdate, StepPlan, StepResult, TokenLogprobs
 from miniinfer.engine.scheduler import Scheduler
 
 S = 4
@@ -70,7 +70,7 @@ def test_a_request_from_prompt_to_end() -> None:
     assert [(kind, row, index) for kind, row, index, _ in plan.page_entries] == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
     plan, updates = step(scheduler)
     assert (plan.starts, plan.counts, plan.samples, plan.inits, plan.page_entries) == ([8], [3], [True], [], [])
-    assert updates == [SequenceUpdate("a", [9])]
+    assert updates == [SequenceUpdate("a", [9], admission=Admission(0.0))]
     plan, updates = step(scheduler)
     assert (plan.starts, plan.counts) == ([11], [1])
     assert updates == [SequenceUpdate("a", [9], "length")]
@@ -214,7 +214,7 @@ def test_overlap_plans_the_next_token_before_the_last_is_known() -> None:
     second = scheduler.schedule()
     assert first is not None and second is not None
     assert (second.starts, second.counts, second.samples) == ([3], [1], [True])
-    assert scheduler.apply(first, result(first)) == [SequenceUpdate("a", [9])]
+    assert scheduler.apply(first, result(first)) == [SequenceUpdate("a", [9], admission=Admission(0.0))]
     third = scheduler.schedule()
     assert third is not None and third.starts == [4]
     assert scheduler.schedule() is None  # the last token is in flight
@@ -232,7 +232,7 @@ def test_a_late_result_of_a_stopped_request_is_dropped() -> None:
     third = scheduler.schedule()
     assert third is not None and third.rows == [0]  # the row has a new owner
     assert scheduler.apply(second, result(second, 77)) == []
-    assert scheduler.apply(third, result(third)) == [SequenceUpdate("b", [9])]
+    assert scheduler.apply(third, result(third)) == [SequenceUpdate("b", [9], admission=Admission(0.0))]
 
 
 def test_a_token_in_flight_at_preemption_still_counts() -> None:
@@ -365,3 +365,16 @@ def test_a_step_of_256_decodes_costs_little() -> None:
         scheduler.apply(plan, result(plan))
         best = min(best, time.perf_counter() - begin)
     assert best < 0.005  # half a millisecond on a quiet core; ten times that is a mistake
+
+
+def test_the_time_in_the_queue_and_the_reason_of_a_miss_come_with_the_first_token() -> None:
+    scheduler = make()
+    explained = SamplingParams(max_tokens=3, explain_cache=True)
+    scheduler.add(Add("a", [1, 2, 3], explained), 10.0)
+    plan = scheduler.schedule(10.5)
+    assert plan is not None
+    (first,) = scheduler.apply(plan, result(plan))
+    assert first.admission == Admission(0.5, "never_seen")
+    plan = scheduler.schedule(11.0)
+    assert plan is not None
+    assert scheduler.apply(plan, result(plan))[0].admission is None
