@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -10,8 +13,10 @@ from starlette.responses import JSONResponse, Response
 from miniinfer import __version__
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.serve import openai
+from miniinfer.serve.answers import encode
 from miniinfer.serve.metrics import CONTENT_TYPE
 from miniinfer.serve.protocol import ApiError
+from miniinfer.serve.schemas import State, Version, described, openapi
 from miniinfer.serve.service import Service, as_api_error
 
 
@@ -22,29 +27,47 @@ def build_app(service: Service) -> FastAPI:
     async def on_error(http: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # nobody is there to read it
-        shown = as_api_error(error)
+        shown = _as_refusal(error) if isinstance(error, RequestValidationError) else as_api_error(error)
         if shown.status == 404 and isinstance(error, HTTPException):
             shown.message = f"there is no {http.url.path} here"
         service.metrics.refused[str(shown.status)] += 1
         return Response(shown.body(), shown.status, shown.headers, "application/json")
 
-    for kind in (ApiError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
+    for kind in (ApiError, RequestValidationError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
-    for routes in (openai.router(service), _control(service)):
+
+    @cache
+    def document() -> bytes:
+        return encode(openapi(app, service.engine.info.get("vocab_size"), service.config.api_key is not None))
+
+    control = _control(service)
+
+    @control.get("/openapi.json", include_in_schema=False)
+    async def description() -> Response:
+        return Response(document(), media_type="application/json")
+
+    for routes in (openai.router(service), control):
         app.include_router(routes, dependencies=[Depends(service.authorize)])
     app.include_router(_state(service))
     return app
+
+
+def _as_refusal(error: RequestValidationError) -> ApiError:
+    """A bad query parameter, as every other bad field."""
+    first = error.errors()[0]
+    field = str(first["loc"][-1])
+    return ApiError(400, f"{field}: {first['msg'].removeprefix('Input ')}", param=field)
 
 
 def _control(service: Service) -> APIRouter:
     """Commands to the engine."""
     routes = APIRouter()
 
-    @routes.post("/start_profile")
+    @routes.post("/start_profile", **described())
     async def start_profile() -> Response:
         return await service.control("start_profile")
 
-    @routes.post("/stop_profile")
+    @routes.post("/stop_profile", **described())
     async def stop_profile() -> Response:
         return await service.control("stop_profile")
 
@@ -55,22 +78,22 @@ def _state(service: Service) -> APIRouter:
     """What the server says of itself to whoever asks."""
     routes = APIRouter()
 
-    @routes.get("/live")
+    @routes.get("/live", **described(answer=State))
     async def live() -> Response:
         return JSONResponse({"status": "ok"})
 
-    @routes.get("/ready")
-    @routes.get("/health")
+    @routes.get("/ready", **described(answer=State, error=State))
+    @routes.get("/health", **described(answer=State, error=State))
     async def ready() -> Response:
         """Does the server take work."""
         status = "draining" if service.draining else "ok" if service.engine.is_alive else "engine dead"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
-    @routes.get("/version")
+    @routes.get("/version", **described(answer=Version))
     async def version() -> Response:
         return JSONResponse({"version": __version__})
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", **described(answer=str, media="text/plain"))
     async def prometheus() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)
 

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
 from miniinfer.serve.protocol import ChatRequest, CompletionRequest
+from miniinfer.serve.schemas import ChatCompletion, Completion, Model, ModelList, described
 from miniinfer.serve.service import Service
 
 
@@ -18,7 +19,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1")
     engine = service.engine
 
-    @routes.post("/chat/completions")
+    @routes.post("/chat/completions", **described(ChatRequest, ChatCompletion, stream="text/event-stream"))
     async def chat(http: Request) -> Response:
         request = await service.read(http, ChatRequest)
         params = request.params(service.defaults)
@@ -32,7 +33,7 @@ def router(service: Service) -> APIRouter:
         answer = ChatAnswer(f"chatcmpl-{uuid.uuid4().hex}", service.model, request, [prompt], params.n, engine.tokenizer)
         return await service.respond(http, answer, params)
 
-    @routes.post("/completions")
+    @routes.post("/completions", **described(CompletionRequest, Completion, stream="text/event-stream"))
     async def completions(http: Request) -> Response:
         request = await service.read(http, CompletionRequest)
         params = request.params(service.defaults)
@@ -45,11 +46,11 @@ def router(service: Service) -> APIRouter:
         answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, engine.tokenizer)
         return await service.respond(http, answer, params)
 
-    @routes.get("/models")
+    @routes.get("/models", **described(answer=ModelList))
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [service.card()]})
 
-    @routes.get("/models/{model:path}")
+    @routes.get("/models/{model:path}", **described(answer=Model))
     async def one_model(model: str) -> Response:
         service.check_model(model)
         return JSONResponse(service.card())

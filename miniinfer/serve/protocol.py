@@ -7,13 +7,22 @@ the engine nor HTTP. Field names and meanings: OpenAI's API reference, plus vLLM
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import from_json
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, from_json
 
-from miniinfer.data import MAX_LOGPROBS, SamplingParams
+from miniinfer.data import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
@@ -58,6 +67,49 @@ IGNORED = frozenset(
 UNSUPPORTED = frozenset("audio best_of function_call functions moderation suffix web_search_options".split())
 
 
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    if not schema or {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    about: dict[str, Any] = {key: schema[key] for key in ("default", "description") if key in schema}
+    return {"anyOf": [{k: v for k, v in schema.items() if k not in about}, {"type": "null"}], **about}
+
+
+def between(low: float, high: float, default: Any = None) -> Any:
+    """A number's range in /openapi.json; the check itself is SamplingParams'."""
+    return Field(default, json_schema_extra={"minimum": low, "maximum": high})
+
+
+# Shapes that /openapi.json shows where validators accept more than the field's own type.
+_TOKEN: dict[str, Any] = {"type": "integer", "minimum": 0, "x-token-id": True}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_STOP = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 64}]}
+_TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        _TOKENS,
+        {"type": "array", "items": _TOKENS, "minItems": 1},
+    ]
+}
+_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_LOGIT_BIAS,
+}
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+_FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+_CALL = {"type": "object", "required": ["function"], "properties": {"function": _FUNCTION}}
+_TOOL = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": _FUNCTION}}
+TokenIds = Annotated[list[int], WithJsonSchema({"type": "array", "items": _TOKEN})]
+
+
 class Strict(BaseModel):
     """JSON types as they are (no "1" for 1), null for absent, and no field that we do not know."""
 
@@ -67,6 +119,16 @@ class Strict(BaseModel):
     @classmethod
     def _drop_nulls(cls, raw: Any) -> Any:
         return {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """For /openapi.json: null stands for an absent field, so every field that may be absent may be null."""
+        shown = handler(core)
+        schema = handler.resolve_ref_schema(shown)
+        properties = schema.get("properties", {})
+        for name in properties.keys() - set(schema.get("required", ())):
+            properties[name] = _nullable(properties[name])
+        return shown
 
 
 class StreamOptions(Strict):
@@ -80,21 +142,21 @@ class Sampling(Strict):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    stop: list[str] | None = Field(None, max_length=64)
-    max_tokens: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    n: int | None = between(1, 128)
+    temperature: float | None = between(0, 100)
+    top_p: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
+    presence_penalty: float | None = between(-2, 2)
+    frequency_penalty: float | None = between(-2, 2)
+    logit_bias: Annotated[dict[int, float], WithJsonSchema(_BIAS)] | None = None
+    seed: int | None = between(-(2**63), 2**63 - 1)
+    stop: Annotated[list[str], Field(max_length=64), WithJsonSchema(_STOP)] | None = None
+    max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = between(0, 1)
+    repetition_penalty: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    stop_token_ids: TokenIds | None = Field(None, json_schema_extra={"maxItems": MAX_STOP_IDS})
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
@@ -111,6 +173,15 @@ class Sampling(Strict):
             if raw[field] not in (None, "", []):
                 _refuse(field, "not supported")
         return {k: v for k, v in raw.items() if k not in IGNORED and k not in UNSUPPORTED}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        shown = super().__get_pydantic_json_schema__(core, handler)
+        foreign: dict[str, Any] = {field: {"description": "accepted and ignored"} for field in IGNORED}
+        foreign |= {field: {"enum": [None, "", []], "description": "not supported"} for field in UNSUPPORTED}
+        schema = handler.resolve_ref_schema(shown)
+        schema["properties"] = {**foreign, **schema["properties"]}
+        return shown
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -154,7 +225,7 @@ _PASSED_ON = tuple(f for f in SamplingParams.__struct_fields__ if f in Sampling.
 class CompletionRequest(Sampling):
     """/v1/completions. `prompts` is the prompt in its four JSON shapes, as a list of texts or of token id lists."""
 
-    prompt: list[str] | list[list[int]]
+    prompt: Annotated[list[str] | list[list[int]], WithJsonSchema(_PROMPT)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -190,9 +261,9 @@ class Message(Strict):
     """One message of a conversation, its text parts joined."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | None = None
+    content: Annotated[str, WithJsonSchema(_CONTENT)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Annotated[dict[str, Any], WithJsonSchema(_CALL)]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -201,6 +272,15 @@ class Message(Strict):
     def _drop_answers_own_fields(cls, raw: Any) -> Any:
         """Clients send the assistant's message back as they got it, with fields that say nothing new."""
         return {k: v for k, v in raw.items() if k not in ("refusal", "annotations")} if isinstance(raw, dict) else raw
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        shown = super().__get_pydantic_json_schema__(core, handler)
+        schema = handler.resolve_ref_schema(shown)
+        schema["properties"] |= {name: {"description": "accepted and ignored"} for name in ("refusal", "annotations")}
+        calls = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
+        schema["anyOf"] = [{"required": ["content"], "properties": {"content": _CONTENT}}, {"required": ["tool_calls"], "properties": calls}]
+        return shown
 
     @field_validator("content", mode="before")
     @classmethod
@@ -245,7 +325,7 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Annotated[dict[str, Any], WithJsonSchema(_TOOL)]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool = True  # false: only the first call of an answer is reported
     response_format: Any = None
