@@ -326,6 +326,8 @@ class EngineConfig:
     kernels: str = opt("auto", "implementation of the operations", ("auto", "reference", "triton", "cpu"))
     num_threads: int | None = opt(None, "CPU threads of the engine (all cores)")
     profile: str | None = opt(None, "folder for profiles of steps: between POST /start_profile and /stop_profile, or of each workload")
+    max_engine_restarts: int = opt(5, "starts of a new engine process within five minutes after one died; open requests go on in it (0: none)")
+    hang_timeout: float = opt(300.0, "seconds without progress after which a working engine process counts as dead")
     disable_log_stats: bool = opt(False, "do not log throughput every ten seconds")
 
     def __post_init__(self) -> None:
@@ -341,6 +343,10 @@ class EngineConfig:
             raise ConfigError(f"overlap: must be 0 or 1, got {self.overlap!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.max_engine_restarts < 0:
+            raise ConfigError(f"max_engine_restarts: must not be negative, got {self.max_engine_restarts}")
+        if not self.hang_timeout > 0:
+            raise ConfigError(f"hang_timeout: must be positive, got {self.hang_timeout}")
         if self.cpu_kv_gib <= 0:
             raise ConfigError(f"cpu_kv_gib: must be positive, got {self.cpu_kv_gib}")
         if self.page_size is not None and self.page_size & (self.page_size - 1):
@@ -415,3 +421,5 @@ class ServerConfig:
     max_waiting: int = opt(2048, "requests accepted but unfinished; above it a request gets 429")
     max_body_mib: int = opt(16, "largest request body, MiB; above it a request gets 413")
     log_level: str = opt("info", "how much is logged", ("debug", "info", "warning", "error"))
+    log_format: str = opt("text", "lines for people, or JSON objects for programs", ("text", "json"))
+    otlp_endpoint: str | None = opt(None, "OpenTelemetry collector (OTLP over HTTP) that gets a span for each request; needs miniinfer[otel]")

@@ -8,7 +8,7 @@ from typing import Any
 from miniinfer.config import ConfigError, EngineConfig
 from miniinfer.data import Add, SequenceUpdate
 
-RAISE, EXIT, KILL, REFUSE, GARBLE = 91, 92, 93, 94, 95  # a prompt that begins with one of these does this to the engine
+RAISE, EXIT, KILL, REFUSE, GARBLE, HANG = 91, 92, 93, 94, 95, 96  # a prompt that begins with one of these does this to the engine
 
 
 class EchoCore:
@@ -36,7 +36,7 @@ class EchoCore:
     def add(self, message: Add) -> list[SequenceUpdate]:
         if message.prompt[0] == REFUSE:
             return [SequenceUpdate(message.id, [], "error", error="prompt: cannot be computed")]
-        self.open[message.id], self.done[message.id] = message, 0
+        self.open[message.id], self.done[message.id] = message, len(message.output)
         return []
 
     def abort(self, ids: list[str]) -> list[SequenceUpdate]:
@@ -55,6 +55,8 @@ class EchoCore:
                 raise RuntimeError("the device is gone")
             if at == 2 and first in (EXIT, KILL):
                 os._exit(3) if first == EXIT else os.kill(os.getpid(), signal.SIGKILL)
+            if at == 2 and first == HANG:
+                time.sleep(60)
             if at == 2 and first == GARBLE:
                 return [SequenceUpdate(id, "not a list of ids")]  # type: ignore[arg-type]
             self.done[id] = at + 1
@@ -70,6 +72,8 @@ class EchoCore:
     def control(self, command: str) -> Any:
         if command == "state":
             return {"open": sorted(self.open), "aborted": self.aborted}
+        if command == "adds":
+            return [[m.id, m.output, m.params.n, m.params.prompt_logprobs, m.group, m.seed] for m in self.open.values()]
         raise ValueError(f"unknown command {command!r}")
 
     def shutdown(self) -> None:

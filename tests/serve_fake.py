@@ -31,7 +31,7 @@ class FakeEngine:
         self.info: dict[str, Any] = {"max_model_len": max_model_len, "vocab_size": 320}
         self.stats: dict[str, float] = {"running": 0.0}
         self.processor = OutputProcessor(tokenizer, deltas=True)
-        self.is_alive = True
+        self.is_alive, self.restarting = True, False
         self.delay = 0.0
         self.gate: asyncio.Event | None = None  # if set, nothing is produced before it
         self.die_after: int | None = None  # tokens

@@ -49,9 +49,14 @@ class ServerProcess:
         response = connection.getresponse()
         return response.status, response.read().decode()
 
+    def engine_pid(self) -> int:
+        """The engine process's, of this moment."""
+        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()
+        return int(children[0])
+
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
-        found = re.search(rf"^{name} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
+        """The value of a metric, with whatever labels."""
+        found = re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", self.get("/metrics")[1], re.MULTILINE)
         assert found, name
         return float(found[1])
 

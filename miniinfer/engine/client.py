@@ -1,34 +1,27 @@
 """AsyncEngine: the engine seen from the API process. Starts the engine process, sends it requests, streams what comes back.
 
-Owns the child process, the sockets and the open streams. Text is made in output.py, here in the parent, so that the engine process never waits
-for it. Imports no torch. Restarting a dead engine is not done here: open streams end with EngineDeadError.
+Owns the open streams, and is the supervisor: if the engine process ends or hangs (link.py tells), another takes its place, and what was open goes on
+there, token by token as if nothing had happened (ledger.py has what is needed for that). Requests that come meanwhile wait. Text is made in
+output.py, here in the parent, so that the engine process never waits for it, and a new one need not know of it. Imports no torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import logging
-import os
-import shutil
-import sys
-import tempfile
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import msgspec
-import zmq
-import zmq.asyncio
-
 from miniinfer.config import ConfigError, EngineConfig
-from miniinfer.data import Abort, Control, Failed, FromEngine, Ready, Reply, RequestOutput, SamplingParams, ToEngine, Updates
+from miniinfer.data import Abort, Control, FromEngine, Reply, RequestOutput, SamplingParams, SequenceUpdate, Updates, sequence_seed
+from miniinfer.engine.ledger import Ledger
+from miniinfer.engine.link import EngineDeadError, EngineLink
 from miniinfer.engine.output import OutputProcessor, merge, snapshot, validate
 from miniinfer.engine.text import Tokenizer
-from miniinfer.engine.worker import QUEUED_STEPS, WorkerStart
 from miniinfer.models.hub import resolve_folder
 from miniinfer.utils import get_logger
 
@@ -39,13 +32,7 @@ log = get_logger(__name__)
 Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": text} and/or {"prompt_token_ids": ids}
 
 SHORT_TEXT = 4096  # characters; tokenizing up to so many takes about a millisecond, less than a thread's round trip is worth
-STOP_SECONDS = 5.0  # from the end of its stdin to SIGKILL
-LONGEST_FOLDER = 60  # characters of the temporary directory; a socket's whole path must stay below 104 (macOS) or 108 (Linux)
-LAST_WORDS_SECONDS = 0.3  # how long the reader may still find a message of a process that has ended
-
-
-class EngineDeadError(RuntimeError):
-    """The engine process has ended, or was shut down; the message says what is known of the reason."""
+RESTART_WINDOW = 300.0  # seconds in which `max_engine_restarts` are counted
 
 
 class _Stream:
@@ -98,36 +85,36 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._reply_ids = itertools.count()
-        self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._ready: asyncio.Future[dict[str, Any]] | None = None
+        self._ledger = Ledger()
+        self._sequences = itertools.count(1)
+        self._link: EngineLink | None = None
+        self._up = False  # is there a process that takes requests
+        self._supervisor: asyncio.Task[None] | None = None
+        self._restarts: deque[float] = deque()  # when, within the window
+        self.num_restarts = 0
         self._dead: Exception | None = None
         self._stopping = False
-        self.errored = False  # has it died, other than by `shutdown`
+        self.errored = False  # has it died for good, other than by `shutdown`
         self._threads = ThreadPoolExecutor(2, "tokenize")
-        self._closing = contextlib.ExitStack()  # what shutdown undoes
-        self._closing.callback(self._threads.shutdown, wait=False)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
 
     # ---------------------------------------------------------------------------------------------------- life
 
     async def start(self, timeout: float = 1800.0) -> None:
         """Returns when the engine accepts work. Raises ConfigError if the mend is the user's, EngineDeadError if the engine fails, and TimeoutError
         after `timeout` seconds; nothing is left running then."""
-        if self._process is not None:
+        if self._link is not None:
             raise RuntimeError("an AsyncEngine starts once; make a new one")
-        self._ready = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
-                await self._spawn()
-                self.tokenizer, self.info = await asyncio.gather(asyncio.to_thread(self._load_tokenizer), self._ready)
+                self.tokenizer, _ = await asyncio.gather(asyncio.to_thread(self._load_tokenizer), self._connect())
         except BaseException as e:
             await self.shutdown()
             if isinstance(e, TimeoutError):
                 raise TimeoutError(f"the engine did not start within {timeout:g} s") from None
             raise
         self._processor = OutputProcessor(self.tokenizer, deltas=True)
+        self._up = True
+        self._supervisor = asyncio.create_task(self._supervise(timeout))
 
     def _load_tokenizer(self) -> Tokenizer | None:
         if self.config.skip_tokenizer_init:
@@ -136,55 +123,85 @@ class AsyncEngine:
         folder = resolve_folder(own or self.config.model, self.config.revision, "tokenizer.json" if own else "config.json")
         return Tokenizer.from_folder(folder, self._chat_template)
 
-    async def _spawn(self) -> None:
-        """Sockets first, so that the child finds them; then the child, which sees the same modules as this process."""
-        short = len(tempfile.gettempdir()) <= LONGEST_FOLDER
-        folder = tempfile.mkdtemp(prefix="miniinfer-", dir=None if short else "/tmp")  # mode 0700: nobody else may connect
-        self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
-        level = logging.getLevelName(logging.getLogger("miniinfer").getEffectiveLevel()).lower()
-        start = WorkerStart(self.config, self._core, folder, level)
-        self._outbox: zmq.Socket[bytes] = self._bind(zmq.Context(), zmq.PUSH, start.to_engine, 0)
-        self._inbox: zmq.asyncio.Socket = self._bind(zmq.asyncio.Context(), zmq.PULL, start.from_engine, QUEUED_STEPS)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "miniinfer.engine.worker", stdin=asyncio.subprocess.PIPE, env=environment
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(start) + b"\n")  # and never closed: its end tells the child of our death
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch(self._process))]
+    async def _connect(self) -> None:
+        """A new process, up to where it accepts work; raises the reason if it ends before."""
+        self._link = link = EngineLink(self.config, self._core, self._receive, self._ledger.__bool__)
+        await link.open()
+        await link.settled()
+        if not link.ready.done():
+            raise _fresh(link.ended.result())
+        self.info = link.ready.result()
 
-    def _bind(self, context: zmq.Context[Any], kind: int, address: str, limit: int) -> Any:
-        """A socket that queues `limit` messages (0: any number, so a send never waits) and does not linger when closed."""
-        self._closing.callback(context.destroy, linger=0)
-        socket = context.socket(kind)
-        socket.set_hwm(limit)
-        socket.bind(address)
-        return socket
+    async def _supervise(self, timeout: float) -> None:
+        """`_replace` for as long as it works."""
+        try:
+            await self._replace(timeout)
+        except Exception as e:  # a fault of ours: better that every stream ends than that all wait for ever
+            log.exception("the engine process could not be replaced")
+            self._die(EngineDeadError(f"the engine process could not be replaced: {type(e).__name__}: {e}"))
+
+    async def _replace(self, timeout: float) -> None:
+        """Puts a new process in the place of one that has ended, until that happens too often."""
+        while self._dead is None:
+            assert self._link is not None
+            reason = await asyncio.shield(self._link.ended)
+            self._up = False
+            await self._link.close(kill=True)
+            self._fail_replies(reason)
+            self._blame(reason)
+            while not self._up:
+                if self._stopping or isinstance(reason, ConfigError) or not self._may_restart():
+                    self._die(EngineDeadError(str(reason)))
+                    return
+                log.error("%s; starting it again, with %d requests to go on", reason, self.num_open)
+                try:
+                    async with asyncio.timeout(timeout):
+                        await self._connect()
+                    self._up = True
+                except (EngineDeadError, ConfigError, OSError) as e:  # a TimeoutError is an OSError
+                    reason = e
+                    await self._link.close(kill=True)
+            self._send_due()
+
+    def _may_restart(self) -> bool:
+        now = time.monotonic()
+        while self._restarts and self._restarts[0] < now - RESTART_WINDOW:
+            self._restarts.popleft()
+        if len(self._restarts) >= self.config.max_engine_restarts:
+            return False
+        self._restarts.append(now)
+        self.num_restarts += 1
+        return True
+
+    def _blame(self, reason: Exception) -> None:
+        """Ends the request under which processes die. That a culprit is found is progress: the restarts that it cost are forgiven."""
+        blamed = self._ledger.died()
+        if blamed:
+            log.error("%s: given up, because engine processes die under it", ", ".join(blamed))
+            self._restarts.clear()
+            error = f"engine processes died while they worked on this request ({reason})"
+            self._update([Updates([SequenceUpdate(id, [], "error", error=error) for id in blamed], self.stats)])
 
     async def shutdown(self) -> None:
         """Ends the process and every open stream; leaves no socket, file or task behind. May be called at any time and more than once."""
         self._stopping = True
         self._die(EngineDeadError("the engine was shut down"))
-        process = self._process
-        if process is not None and process.returncode is None:
-            assert process.stdin is not None
-            process.stdin.close()  # its end is the worker's
-            try:
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        self._closing.close()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._link is not None:
+            await self._link.close()
+        self._threads.shutdown(wait=False)
 
     @property
     def is_alive(self) -> bool:
-        """Does it accept requests."""
+        """Does it accept requests; while it is `restarting` they wait."""
         return bool(self.info) and self._dead is None
+
+    @property
+    def restarting(self) -> bool:
+        """Is an engine process being started in the place of one that has ended."""
+        return self.is_alive and not self._up
 
     @property
     def num_open(self) -> int:
@@ -212,16 +229,20 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams a request's output, whole so far each time or (`delta`) only what is new. Leaving the iterator in any way aborts the request.
 
-        Raises ValueError naming the field, before the first output, for a request that cannot run; EngineDeadError if the engine dies."""
+        Raises ValueError naming the field, before the first output, for a request that cannot run; EngineDeadError if the engine dies for good.
+        If a process dies and another takes its place, the stream pauses."""
         text, ids = await self._prompt(prompt)
         validate(ids, params, self.info, self.tokenizer)
         self._check_alive()
         request_id = request_id or uuid.uuid4().hex
         messages = self._processor.add(request_id, text, ids, params, priority, cache_salt)
+        for index, message in enumerate(messages):
+            message.seed = sequence_seed(params, index, self.config.seed, next(self._sequences))
         stream = self._streams[request_id] = _Stream()
+        self._ledger.open(request_id, messages)
         total: RequestOutput | None = None
         try:
-            self._send(*messages)
+            self._send_due()
             while total is None or not total.finished:
                 new = await stream.get()
                 if delta or total is None:
@@ -241,12 +262,17 @@ class AsyncEngine:
         last, ids = self._processor.abort(request_id)
         for delta in last:
             stream.put(delta)
-        if ids and self._dead is None:
+        self._ledger.close(ids)
+        if ids and self._up:
             self._send(Abort(ids))
+            self._send_due()
 
     async def control(self, command: str) -> Any:
-        """The engine's answer to a command outside the request flow ("stats", "check", "start_profile", ...). RuntimeError if it fails there."""
+        """The engine's answer to a command outside the request flow ("stats", "check", "start_profile", ...). RuntimeError if it fails there,
+        EngineDeadError if the process ends or is being restarted."""
         self._check_alive()
+        if not self._up:
+            raise EngineDeadError("the engine process is being restarted")
         id = next(self._reply_ids)
         reply = self._replies[id] = asyncio.get_running_loop().create_future()
         try:
@@ -277,80 +303,73 @@ class AsyncEngine:
         if not self.info:
             raise RuntimeError("the engine has not been started: await start() first")
 
-    def _send(self, *messages: ToEngine) -> None:
-        """Messages that the engine gets together, with no step between them."""
-        self._outbox.send_multipart([self._encoder.encode(message) for message in messages])
+    def _send(self, *messages: Abort | Control) -> None:
+        assert self._link is not None
+        self._link.send(*messages)
+
+    def _send_due(self) -> None:
+        """Sends what the ledger wants sent now; a request's sequences get there together, with no step between them."""
+        if self._up and self._link is not None:
+            for messages in self._ledger.due():
+                self._link.send(*messages)
 
     # ------------------------------------------------------------------------------------------- what comes back
 
-    async def _read(self) -> None:
-        """Takes in whatever has come, several steps at once if we are behind, and then lets the streams' consumers have their turn."""
+    def _receive(self, messages: list[FromEngine]) -> None:
         try:
-            while True:
-                frames = [await self._inbox.recv()]
-                with contextlib.suppress(zmq.Again):
-                    while len(frames) < 2 * QUEUED_STEPS:
-                        frames.append(await self._inbox.recv(zmq.NOBLOCK))
-                messages = [self._decoder.decode(frame) for frame in frames]
-                self._update([message for message in messages if isinstance(message, Updates)])
-                for message in messages:
-                    self._receive(message)
-                await asyncio.sleep(0)  # a receive that finds a message does not yield
-        except Exception as e:  # a fault of ours: better that every stream ends than that all wait for ever
+            self._update([message for message in messages if isinstance(message, Updates)])
+        except Exception as e:  # a fault of ours, which another process would not mend
             log.exception("what the engine sent could not be handled")
             self._die(EngineDeadError(f"what the engine sent could not be handled: {type(e).__name__}: {e}"))
+        for message in messages:
+            if isinstance(message, Reply):
+                reply = self._replies.get(message.id)
+                if reply is not None and not reply.done():
+                    reply.set_exception(RuntimeError(message.error)) if message.error else reply.set_result(message.value)
 
     def _update(self, steps: list[Updates]) -> None:
         if not steps:
             return
         self.stats = steps[-1].stats
-        deltas, aborts = self._processor.process([update for step in steps for update in step.updates])
+        updates = [update for step in steps for update in step.updates]
+        ended = []
+        for update in updates:
+            self._ledger.produced(update.id, update.token_ids)
+            if update.finish_reason is not None:
+                ended.append(update.id)
+        deltas, aborts = self._processor.process(updates)
+        self._put(deltas)
+        self._ledger.close(ended + aborts)
+        if aborts:
+            self._send(Abort(aborts))
+        self._send_due()
+
+    def _put(self, deltas: list[RequestOutput]) -> None:
         for delta in deltas:
             stream = self._streams[delta.request_id]
             stream.put(delta)
             if delta.finished:
                 del self._streams[delta.request_id]
-        if aborts:
-            self._send(Abort(aborts))
 
-    def _receive(self, message: FromEngine) -> None:
-        match message:
-            case Reply(id, value, error):
-                reply = self._replies.get(id)
-                if reply is not None and not reply.done():
-                    reply.set_exception(RuntimeError(error)) if error else reply.set_result(value)
-            case Ready(info):
-                assert self._ready is not None
-                if not self._ready.done():
-                    self._ready.set_result(info)
-            case Failed(error, user_error):
-                self._die(ConfigError(error) if user_error else EngineDeadError(f"the engine has failed: {error}"))
-
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Waits for the process's end, hears its last words, and ends all streams."""
-        code = await process.wait()
-        end = time.monotonic() + LAST_WORDS_SECONDS
-        while self._dead is None and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        self._die(EngineDeadError(f"the engine process {how}; its log may say why"))
+    def _fail_replies(self, error: Exception) -> None:
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(str(error)))
+                future.exception()  # if nobody waits for it any more, nobody need be warned
 
     def _die(self, error: Exception) -> None:
         """Ends everything that waits. The first reason counts."""
         if self._dead is not None:
             return
-        self._dead = error
+        self._dead, self._up = error, False
         self.errored = not self._stopping
         if self.errored:
             log.error("%s", error)
-        self._processor.drop(self._streams)
+        self._ledger.close(self._processor.drop(self._streams))
         for stream in self._streams.values():
             stream.fail(_fresh(error))
         self._streams.clear()
-        for future in [*self._replies.values(), *([self._ready] if self._ready else [])]:
-            if not future.done():
-                future.set_exception(_fresh(error))
-                future.exception()  # if nobody waits for it any more, nobody need be warned
+        self._fail_replies(error)
 
 
 def _fresh(error: Exception) -> Exception:

@@ -1,4 +1,4 @@
-"""The engine process: an EngineCore behind two sockets. `python -m miniinfer.engine.worker`, started by client.py only.
+"""The engine process: an EngineCore behind two sockets. `python -m miniinfer.engine.worker`, started by link.py only.
 
 Owns the process's life and the message loop; the core decides everything else. Its start message (WorkerStart, JSON) comes on stdin, which
 then stays open: its end tells that the parent is gone, however it died. Signals are the parent's business.
@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from miniinfer.utils import get_logger, setup_logging, starting
 log = get_logger("engine.worker")
 
 QUEUED_STEPS = 16  # at each end: with so many unread, a faster engine waits, instead of filling the parent's memory
+HEARTBEAT_SECONDS = 1.0  # between messages while there is work: by the counters in them the parent sees that it gets on
 LINGER_MS = 2000  # a last message gets this long to leave
 
 
@@ -89,6 +91,7 @@ def run(config: EngineConfig, core: str, inbox: zmq.Socket[bytes], outbox: zmq.S
 def _serve(engine: Any, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
     """One turn: take in every message that is there, step if there is work, send what came of both as one message."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
+    beat = 0.0  # when the parent is to hear from us even if nothing has come of the work
     while True:
         if not engine.has_work:
             inbox.poll()  # sleeps until a message comes
@@ -104,8 +107,9 @@ def _serve(engine: Any, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> 
                         _send(outbox, _answer(engine, control))
         if engine.has_work:
             updates += engine.step()
-        if updates:
+        if updates or (engine.has_work and time.monotonic() > beat):
             _send(outbox, Updates(updates, engine.stats()))
+            beat = time.monotonic() + HEARTBEAT_SECONDS
 
 
 def _answer(engine: Any, control: Control) -> Reply:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from echo_core import EXIT, GARBLE, KILL, RAISE, REFUSE
+from echo_core import EXIT, GARBLE, HANG, KILL, RAISE, REFUSE
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -279,7 +279,7 @@ def test_a_dead_engine_ends_every_stream(how: int, said: str) -> None:
         with pytest.raises(EngineDeadError, match=said):
             await engine.control("state")
 
-    with_engine(body)
+    with_engine(body, max_engine_restarts=0)
 
 
 def test_what_was_made_before_the_death_is_handed_over() -> None:
@@ -291,7 +291,104 @@ def test_what_was_made_before_the_death_is_handed_over() -> None:
                 seen += len((await anext(stream)).outputs[0].token_ids)
         assert seen == 2
 
+    with_engine(body, max_engine_restarts=0)
+
+
+def stopped(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("harm", "seconds"), [(killed, 3), (stopped, 6)])
+def test_streams_go_on_in_a_new_process(harm: Callable[[int], None], seconds: float) -> None:
+    async def body(engine: AsyncEngine) -> None:
+        def start(first: int, **more: Any) -> asyncio.Task[list[list[int]]]:
+            return asyncio.create_task(_tokens(engine, [first, 2, 3], params(1500, **more)))
+
+        streams, siblings = [start(i) for i in range(20)], start(50, n=3, prompt_logprobs=1)
+        ending = engine.generate([7], params(1500), "ending", delta=True)
+        await anext(ending)
+        while engine.stats.get("steps", 0) < 100:
+            await asyncio.sleep(0.01)
+        old, before = engine.info["pid"], time.monotonic()
+        seeds = {id: seed for id, *_, seed in await engine.control("adds")}
+        harm(old)
+        await until(lambda: engine.restarting, seconds)
+        assert engine.is_alive
+        waiting = start(30)  # comes while there is no process, and waits
+        await ending.aclose()
+        with pytest.raises(EngineDeadError, match="restarted"):
+            await engine.control("state")
+        await until(lambda: not engine.restarting, seconds)
+        assert time.monotonic() - before < seconds
+        adds = await engine.control("adds")
+        assert {id: seed for id, *_, seed in adds if id in seeds} == {id: seeds[id] for id in seeds if id != "ending"}
+        group = [(output, n, scored, group) for _, output, n, scored, group, _ in adds if group]
+        assert len(group) == 3 and all(output and n == 3 and scored is None for output, n, scored, _ in group)
+        for i, tokens in enumerate(await asyncio.gather(*streams)):
+            assert tokens == [[i, 2, 3] * 500]
+        assert await siblings == [[50, 2, 3] * 500] * 3
+        assert await waiting == [[30, 2, 3] * 500]
+        assert engine.info["pid"] != old and not is_running(old) and engine.num_restarts == 1 and engine.num_open == 0
+        assert (await engine.control("state"))["open"] == []
+
     with_engine(body)
+
+
+async def _tokens(engine: AsyncEngine, prompt: list[int], p: SamplingParams) -> list[list[int]]:
+    *_, last = [output async for output in engine.generate(prompt, p)]
+    assert last.error is None, last.error
+    return [output.token_ids for output in last.outputs]
+
+
+@pytest.mark.parametrize("how", [KILL, HANG, GARBLE])
+def test_a_request_that_kills_every_process_is_given_up_alone(how: int) -> None:
+    async def body(engine: AsyncEngine) -> None:
+        streams = [asyncio.create_task(_tokens(engine, [i], params(4000))) for i in range(12)]
+        await until(lambda: engine.stats.get("steps", 0) > 20)
+        poison = [output async for output in engine.generate([how], params(10))][-1]
+        assert poison.finished and "died while they worked on this request" in (poison.error or "")
+        assert poison.outputs[0].finish_reason == "error" and poison.outputs[0].token_ids == [how] * 2
+        assert await asyncio.gather(*streams) == [[[i] * 4000] for i in range(12)]
+        assert engine.num_restarts == 3 and engine.is_alive and not engine.errored
+        assert await _drain(engine, [1], params(3)) == [3]
+
+    with_engine(body, hang_timeout=1.0)
+
+
+def test_restarts_are_bounded() -> None:
+    async def body(engine: AsyncEngine) -> None:
+        stream = asyncio.create_task(_drain(engine, [1], params(None)))
+        await until(lambda: engine.num_open)
+        for count in (1, 2):
+            os.kill(engine.info["pid"], signal.SIGKILL)
+            await until(lambda count=count: engine.num_restarts == count and not engine.restarting)  # type: ignore[misc]
+            await asyncio.sleep(0.3)
+        os.kill(engine.info["pid"], signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="killed by signal 9"):
+            await stream
+        assert engine.errored and not engine.is_alive and not engine.restarting
+
+    with_engine(body, max_engine_restarts=2)
+
+
+def test_a_shutdown_during_a_restart_leaves_nothing(sockets: Path) -> None:
+    async def body() -> None:
+        engine = AsyncEngine(EngineConfig(model="echo", skip_tokenizer_init=True), core=CORE)
+        await engine.start(timeout=30)
+        stream = asyncio.create_task(_drain(engine, [1], params(None)))
+        await until(lambda: engine.num_open)
+        os.kill(engine.info["pid"], signal.SIGKILL)
+        await until(lambda: engine.restarting)
+        await engine.shutdown()
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await stream
+        assert asyncio.all_tasks() == {asyncio.current_task()} and list(sockets.iterdir()) == []
+
+    asyncio.run(body())
 
 
 @pytest.mark.parametrize(
@@ -311,7 +408,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(model: str, kind: type[E
         return engine
 
     engine = asyncio.run(body())
-    assert not engine.is_alive and engine._process is not None and not is_running(engine._process.pid)
+    assert not engine.is_alive and engine._link is not None and not is_running(engine._link.pid)
     assert list(sockets.iterdir()) == []
 
 
