@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -163,6 +164,7 @@ class Sampling(Strict):
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str = Field("", max_length=256)
     return_token_ids: bool = False
+    explain_cache: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -318,6 +320,25 @@ class Message(Strict):
         return {**values, "role": "system"} if self.role == "developer" else values
 
 
+def _functions_only(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for i, tool in enumerate(tools):
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"tool {i} must be {{'type': 'function', 'function': {{'name': ...}}}}")
+    return tools
+
+
+def _nothing_of_ours(variables: dict[str, Any]) -> dict[str, Any]:
+    for name in ("self", "messages", "tools", "add_generation_prompt"):
+        if name in variables:
+            raise ValueError(f"'{name}' is not the template's own variable")
+    return variables
+
+
+Tools = Annotated[list[Annotated[dict[str, Any], WithJsonSchema(_TOOL)]], AfterValidator(_functions_only)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_nothing_of_ours)]
+
+
 class ChatRequest(Sampling):
     """/v1/chat/completions."""
 
@@ -325,30 +346,13 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Annotated[dict[str, Any], WithJsonSchema(_TOOL)]] | None = None
+    tools: Tools | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool = True  # false: only the first call of an answer is reported
     response_format: Any = None
     modalities: list[str] | None = None
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @field_validator("tools")
-    @classmethod
-    def _functions_only(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        for i, tool in enumerate(value or ()):
-            function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise ValueError(f"tool {i} must be {{'type': 'function', 'function': {{'name': ...}}}}")
-        return value
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _nothing_of_ours(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name in ("self", "messages", "tools", "add_generation_prompt"):
-            if name in (value or ()):
-                raise ValueError(f"'{name}' is not the template's own variable")
-        return value
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _only_what_we_can(self) -> ChatRequest:
@@ -379,7 +383,7 @@ class ChatRequest(Sampling):
 
 # ----------------------------------------------------------------------------------------------------------- parsing
 
-R = TypeVar("R", bound=Sampling)
+R = TypeVar("R", bound=Strict)
 
 
 def parse(kind: type[R], body: bytes) -> R:
