@@ -12,7 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer import __version__
 from miniinfer.engine.client import EngineDeadError
-from miniinfer.serve import openai, tokens
+from miniinfer.serve import (
+    openai,
+    tokens,
+)
 from miniinfer.serve.answers import encode
 from miniinfer.serve.metrics import CONTENT_TYPE
 from miniinfer.serve.protocol import ApiError
@@ -46,7 +49,12 @@ def build_app(service: Service) -> FastAPI:
     async def description() -> Response:
         return Response(document(), media_type="application/json")
 
-    for routes in (openai.router(service), tokens.router(service), control):
+    closed = (
+        openai.router(service),
+        tokens.router(service),
+        control,
+    )
+    for routes in closed:
         app.include_router(routes, dependencies=[Depends(service.authorize)])
     app.include_router(_state(service))
     return app
