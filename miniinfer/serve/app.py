@@ -57,6 +57,7 @@ def build_app(service: Service) -> FastAPI:
     for routes in closed:
         app.include_router(routes, dependencies=[Depends(service.authorize)])
     app.include_router(_state(service))
+    app.include_router(web.router())
     return app
 
 
