@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
+_FORM = "MINIINFER_LOG_FORMAT"  # by which the engine process learns it too
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
 
@@ -18,12 +22,33 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger("miniinfer." + name.removeprefix("miniinfer."))
 
 
-def setup_logging(level: str = "info") -> None:
-    """Send our log to stderr, once a process. Called by entry points only: a library must not configure its user's logging."""
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: when, how bad, who says what, and the `fields` that a caller gave as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values, ensure_ascii=False, default=str)
+
+
+def setup_logging(level: str = "info", form: str | None = None) -> None:
+    """Send our log to stderr, once a process. Called by entry points only: a library must not configure its user's logging.
+
+    `form`: "text" or "json"; None: as the process above us was told."""
+    if form is not None:
+        os.environ[_FORM] = form
     root = logging.getLogger("miniinfer")
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        plain = os.environ.get(_FORM, "text") != "json"
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S") if plain else _JsonFormatter())
         root.addHandler(handler)
         root.propagate = False
     root.setLevel(level.upper())

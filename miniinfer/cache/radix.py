@@ -36,7 +36,7 @@ class Node:
     def __init__(self, parent: Node | None, key: bytes, pages: list[int]) -> None:
         self.parent = parent
         self.key = key
-        self.digest = 0 if parent is None else hash((parent.digest, key))  # of the whole path; it outlives the node in the list of the evicted
+        self.digest: int = 0 if parent is None else hash((parent.digest, key))  # of the whole path; it outlives the node in the list of the evicted
         self.pages = pages  # per kind, 0 = none
         self.users = 0
         self.refs = [0] * len(pages)

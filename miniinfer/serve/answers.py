@@ -32,6 +32,7 @@ class Prompt:
     text: str | None = None  # as the client wrote it
     logprobs: list[Table | None] | None = None
     cached_tokens: int = 0
+    cache_miss: str | None = None  # why the prompt's next token was not cached, if the request asks
 
 
 @dataclass(slots=True)
@@ -81,6 +82,8 @@ class Answer:
         """Keeps what an item says of its prompt and counts its tokens."""
         prompt = self.prompts[index]
         prompt.cached_tokens = max(prompt.cached_tokens, item.num_cached_tokens)
+        if item.admission is not None:
+            prompt.cache_miss = item.admission.cache_miss
         if item.prompt_logprobs is not None:
             prompt.logprobs = item.prompt_logprobs
         for delta in item.outputs:
@@ -93,8 +96,15 @@ class Answer:
             "prompt_tokens": prompt,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": cached} | self._misses(),
         }
+
+    def _misses(self) -> dict[str, Any]:
+        """Where each prompt's first miss in the prefix cache was, and why, if the request asked for it."""
+        misses = [
+            {"prompt": i, "position": p.cached_tokens, "reason": p.cache_miss} for i, p in enumerate(self.prompts) if p.cache_miss is not None
+        ]
+        return {"cache_misses": misses} if misses else {}
 
     def usage_event(self) -> bytes:
         return self._stem + b',"choices":[],"usage":' + encode(self.usage()) + b"}\n\n"

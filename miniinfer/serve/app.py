@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,12 +14,14 @@ from starlette.responses import JSONResponse, Response
 from miniinfer import __version__
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.serve import (
+    loads,
     openai,
     tokens,
 )
 from miniinfer.serve.answers import encode
-from miniinfer.serve.metrics import CONTENT_TYPE
+from miniinfer.serve.metrics import CONTENT_TYPE, render
 from miniinfer.serve.protocol import ApiError
+from miniinfer.serve.record import Recorder
 from miniinfer.serve.schemas import State, Version, described, openapi
 from miniinfer.serve.service import Service, as_api_error
 
@@ -26,6 +29,7 @@ from miniinfer.serve.service import Service, as_api_error
 def build_app(service: Service) -> FastAPI:
     """The application over one service."""
     app = FastAPI(openapi_url=None)
+    app.add_middleware(Recorder, sinks=service.sinks)
 
     async def on_error(http: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
@@ -52,12 +56,12 @@ def build_app(service: Service) -> FastAPI:
     closed = (
         openai.router(service),
         tokens.router(service),
+        loads.router(service),
         control,
     )
     for routes in closed:
         app.include_router(routes, dependencies=[Depends(service.authorize)])
     app.include_router(_state(service))
-    app.include_router(web.router())
     return app
 
 
@@ -95,7 +99,8 @@ def _state(service: Service) -> APIRouter:
     @routes.get("/health", **described(answer=State, error=State))
     async def ready() -> Response:
         """Does the server take work."""
-        status = "draining" if service.draining else "ok" if service.engine.is_alive else "engine dead"
+        engine = service.engine
+        status = "draining" if service.draining else "engine dead" if not engine.is_alive else "restarting" if engine.restarting else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @routes.get("/version", **described(answer=Version))
@@ -103,7 +108,8 @@ def _state(service: Service) -> APIRouter:
         return JSONResponse({"version": __version__})
 
     @routes.get("/metrics", **described(answer=str, media="text/plain"))
-    async def prometheus() -> Response:
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+    async def prometheus(names: Literal["vllm", "plain"] = "vllm") -> Response:
+        """Names are vLLM's (vllm:...) where it has the metric or, if plain, all miniinfer_..., as Prometheus's own lint wants them."""
+        return Response(render([service.metrics], names == "plain"), media_type=CONTENT_TYPE)
 
     return routes

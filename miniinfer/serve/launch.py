@@ -29,7 +29,11 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Runs a server until SIGINT or SIGTERM and returns the process's exit code.
 
     Raises ConfigError for what the user can mend: a port in use, a model that cannot be loaded, a template that cannot be read."""
-    setup_logging(server.log_level)
+    setup_logging(server.log_level, server.log_format)
+    if server.otlp_endpoint is not None:
+        from miniinfer.serve import tracing
+
+        tracing.check(server.otlp_endpoint)
     with contextlib.closing(_bind(server.host, server.port)) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(engine, server, listener))

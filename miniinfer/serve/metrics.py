@@ -1,7 +1,7 @@
 """What the server counts, for /metrics (Prometheus text) and for the throughput line in the log.
 
-Owns a registry of its own, so that several servers fit into one process. The engine's own figures are read from `AsyncEngine.stats` when
-somebody asks; nothing is counted twice. Times are seconds on the server's monotonic clock.
+Names are vLLM's where vLLM has the metric, so that its dashboards, autoscalers and routers find them; ours begin with miniinfer_. The engine's own
+figures are read from `AsyncEngine.stats` when somebody asks; nothing is counted twice. Times are seconds on the server's monotonic clock.
 """
 
 from __future__ import annotations
@@ -10,109 +10,220 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from miniinfer.data import CompletionOutput
+from miniinfer.data import CompletionOutput, SamplingParams
+from miniinfer.serve.record import current
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+VLLM, OURS = "vllm:", "miniinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
+_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+REASONS = ("stop", "length", "abort", "error")  # series that exist from the start, so that their rates do
 
-# name of ours -> (key in the engine's stats, help)
+# name -> (key in the engine's stats, help)
 GAUGES = {
-    "miniinfer_requests_running": ("running", "Sequences in the running batch."),
-    "miniinfer_requests_waiting": ("waiting", "Sequences waiting for a place in the batch."),
-    "miniinfer_kv_cache_usage": ("kv_usage", "Share of the KV pages in use, 0 to 1."),
+    VLLM + "num_requests_running": ("running", "Sequences in the running batch."),
+    VLLM + "num_requests_waiting": ("waiting", "Sequences waiting for a place in the batch."),
+    VLLM + "kv_cache_usage_perc": ("kv_usage", "Share of the KV pages in use, 0 to 1."),
 }
 COUNTERS = {
-    "miniinfer_preemptions": ("preemptions", "Sequences put back to waiting to free their pages."),
-    "miniinfer_prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
-    "miniinfer_prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
+    VLLM + "num_preemptions": ("preemptions", "Sequences put back to waiting to free their pages."),
+    VLLM + "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
+    VLLM + "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
+    OURS + "kv_pages_evicted": ("evicted_pages", "Cached KV pages given up for new ones."),
+    OURS + "engine_steps": ("steps", "Steps of the engine."),
+}
+HISTOGRAMS = {
+    "first_token": (VLLM + "time_to_first_token_seconds", "Arrival to a choice's first token.", _SECONDS),
+    "between_tokens": (VLLM + "inter_token_latency_seconds", "Between a choice's tokens.", _BETWEEN),
+    "per_token": (VLLM + "request_time_per_output_token_seconds", "Mean time of a choice's tokens after the first.", _BETWEEN),
+    "end_to_end": (VLLM + "e2e_request_latency_seconds", "Arrival to the end of a choice.", _SECONDS),
+    "queue": (VLLM + "request_queue_time_seconds", "From the engine's queue into the batch.", _SECONDS),
+    "prefill": (VLLM + "request_prefill_time_seconds", "From the batch to a choice's first token.", _SECONDS),
+    "decode": (VLLM + "request_decode_time_seconds", "From a choice's first token to its last.", _SECONDS),
+    "inference": (VLLM + "request_inference_time_seconds", "From the batch to a choice's end.", _SECONDS),
+    "prompt_length": (VLLM + "request_prompt_tokens", "Tokens of a prompt.", _TOKENS),
+    "output_length": (VLLM + "request_generation_tokens", "Tokens of a choice.", _TOKENS),
 }
 
 
 class Histogram:
     """Counts of values by upper bound. prometheus_client's own takes a lock and ten times as long, which 256 streams feel."""
 
-    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
-        self.name, self.text, self.bounds = name, text, bounds
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
         self.counts, self.sum = [0] * (len(bounds) + 1), 0.0
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def collect(self) -> Metric:
-        labels = [*map(str, self.bounds), "+Inf"]
-        return HistogramMetricFamily(self.name, self.text, buckets=list(zip(labels, accumulate(self.counts), strict=True)), sum_value=self.sum)
+    def buckets(self) -> list[tuple[str, float]]:
+        return list(zip([*map(str, self.bounds), "+Inf"], map(float, accumulate(self.counts)), strict=True))
 
 
-class Metrics(Collector):
-    """The server's counters and its registry. Belongs to the event loop's thread, hence no locks."""
+class Engine(Protocol):
+    """What is read of an engine."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
-        self._stats = stats
+    stats: dict[str, float]
+    info: dict[str, Any]
+
+
+class Metrics:
+    """One model's counters. Belongs to the event loop's thread, hence no locks."""
+
+    def __init__(self, engine: Callable[[], Engine], model: str) -> None:
+        """`engine`: the one that serves the model at the moment."""
+        self.model = model
+        self._engine = engine
         self.prompt_tokens = 0
         self.generation_tokens = 0
-        self.finished: Counter[str] = Counter()  # by reason
-        self.refused: Counter[str] = Counter()  # by HTTP status
-        self.first_token = Histogram("miniinfer_time_to_first_token_seconds", "Arrival to a choice's first token.", _SECONDS)
-        self.between_tokens = Histogram("miniinfer_inter_token_latency_seconds", "Between a choice's tokens.", _BETWEEN)
-        self.end_to_end = Histogram("miniinfer_e2e_request_latency_seconds", "Arrival to the end of a choice.", _SECONDS)
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self.finished: Counter[str] = Counter(dict.fromkeys(REASONS, 0))  # choices by reason
+        self.refused: Counter[str] = Counter()  # requests by HTTP status
+        histograms = {key: Histogram(bounds) for key, (_, _, bounds) in HISTOGRAMS.items()}
+        self.first_token, self.between_tokens = histograms["first_token"], histograms["between_tokens"]
+        self.histograms = histograms
 
-    def collect(self) -> Iterable[Metric]:
-        """Everything, as of the scrape."""
-        stats = self._stats()
+    def families(self) -> Iterable[Metric]:
+        """Everything, as of now, labelled with the model's name."""
+        engine, label, value = self._engine(), ["model_name"], [self.model]
+        stats, info, shape = engine.stats, engine.info, ("block_size", "num_gpu_blocks")
         for name, (key, text) in GAUGES.items():
-            yield GaugeMetricFamily(name, text, value=stats.get(key, 0))
+            yield _filled(GaugeMetricFamily(name, text, labels=label), {(): stats.get(key, 0)}, value)
         for name, (key, text) in COUNTERS.items():
-            yield CounterMetricFamily(name, text, value=stats.get(key, 0))
-        yield CounterMetricFamily("miniinfer_prompt_tokens", "Prompt tokens of the requests begun.", value=self.prompt_tokens)
-        yield CounterMetricFamily("miniinfer_generation_tokens", "Tokens generated.", value=self.generation_tokens)
-        yield _by_label("miniinfer_request_success", "Choices ended, by reason.", "finished_reason", self.finished)
-        yield _by_label("miniinfer_request_errors", "Requests answered with an error, by HTTP status.", "status", self.refused)
-        yield from (h.collect() for h in (self.first_token, self.between_tokens, self.end_to_end))
+            yield _filled(CounterMetricFamily(name, text, labels=label), {(): stats.get(key, 0)}, value)
+        yield _filled(CounterMetricFamily(VLLM + "prompt_tokens", "Tokens of prompts begun.", labels=label), {(): self.prompt_tokens}, value)
+        yield _filled(CounterMetricFamily(VLLM + "generation_tokens", "Tokens generated.", labels=label), {(): self.generation_tokens}, value)
+        reasons = CounterMetricFamily(VLLM + "request_success", "Choices ended, by reason.", labels=[*label, "finished_reason"])
+        yield _filled(reasons, {(reason,): count for reason, count in self.finished.items()}, value)
+        errors = CounterMetricFamily(OURS + "request_errors", "Requests answered with an error, by HTTP status.", labels=[*label, "status"])
+        yield _filled(errors, {(status,): count for status, count in sorted(self.refused.items())}, value)
+        if "page_size" in info:
+            config = GaugeMetricFamily(VLLM + "cache_config_info", "Tokens in a KV page, and pages; always 1.", labels=[*label, *shape])
+            yield _filled(config, {(str(info["page_size"]), str(min(info["num_pages"]))): 1}, value)
+        for key, (name, text, _) in HISTOGRAMS.items():
+            family = HistogramMetricFamily(name, text, labels=label)
+            family.add_metric(value, self.histograms[key].buckets(), self.histograms[key].sum)
+            yield family
 
-    def render(self) -> bytes:
-        return generate_latest(self._registry)
 
-
-def _by_label(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=[label])
-    for key, value in sorted(values.items()):
-        family.add_metric([key], value)
+def _filled(family: Any, values: Mapping[tuple[str, ...], float], labels: list[str]) -> Metric:
+    for more, value in values.items():
+        family.add_metric([*labels, *more], value)
     return family
 
 
-class Timer:
-    """Follows one request's choices. Called for every update of every stream, so it does little."""
+class _Page(Collector):
+    """Several models' metrics under common heads."""
 
-    def __init__(self, metrics: Metrics, choices: int) -> None:
+    def __init__(self, models: Sequence[Metrics], plain: bool) -> None:
+        self._models, self._plain = models, plain
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for model in self._models:
+            for family in model.families():
+                if self._plain:
+                    _rename(family)
+                families.setdefault(family.name, family)
+                if families[family.name] is not family:
+                    families[family.name].samples.extend(family.samples)
+        return families.values()
+
+
+def _rename(family: Metric) -> None:
+    family.name = family.name.replace(VLLM, OURS)
+    family.samples = [sample._replace(name=sample.name.replace(VLLM, OURS)) for sample in family.samples]
+
+
+def render(models: Sequence[Metrics], plain: bool = False) -> bytes:
+    """The page of /metrics. `plain`: all names begin with miniinfer_, because Prometheus's own lint allows no colon in an exported name."""
+    registry = CollectorRegistry()
+    registry.register(_Page(models, plain))
+    return generate_latest(registry)
+
+
+class Timer:
+    """Follows the choices of one answer. `update` is called for every update of every stream, so it does little."""
+
+    def __init__(self, metrics: Metrics, answer_id: str, prompts: Sequence[int], choices: int, params: SamplingParams) -> None:
+        """`prompts`: the prompts' lengths; choice i belongs to prompt i * len(prompts) // choices."""
         self._metrics, self._start = metrics, time.monotonic()
+        self._first = [0.0] * choices
         self._last = [0.0] * choices
+        self._tokens = [0] * choices
+        self._reasons: list[str | None] = [None] * choices
+        self._queued: list[float | None] = [None] * len(prompts)
+        self._prompt_tokens = sum(prompts)
+        metrics.prompt_tokens += self._prompt_tokens
+        for length in prompts:
+            metrics.histograms["prompt_length"].observe(length)
+        self._record = current.get()
+        if self._record is not None:
+            self._record.answer_id, self._record.model, self._record.params = answer_id, metrics.model, params
+
+    def admitted(self, prompt: int, queued: float) -> None:
+        """Before a prompt's first token: how long it has waited."""
+        self._queued[prompt] = queued
+        self._metrics.histograms["queue"].observe(queued)
 
     def update(self, index: int, delta: CompletionOutput) -> None:
         metrics, now, tokens = self._metrics, time.monotonic(), len(delta.token_ids)
         if tokens:
             metrics.generation_tokens += tokens
+            self._tokens[index] += tokens
             last, self._last[index] = self._last[index], now
             if last:
                 metrics.between_tokens.observe((now - last) / tokens)  # the mean, if an update brings several
             else:
+                self._first[index] = now
                 metrics.first_token.observe(now - self._start)
         if delta.finish_reason is not None:
-            metrics.finished[delta.finish_reason] += 1
-            metrics.end_to_end.observe(now - self._start)
+            self._end(index, delta.finish_reason, now)
+
+    def _end(self, index: int, reason: str, now: float) -> None:
+        self._reasons[index] = reason
+        metrics, histograms = self._metrics, self._metrics.histograms
+        metrics.finished[reason] += 1
+        histograms["end_to_end"].observe(now - self._start)
+        histograms["output_length"].observe(self._tokens[index])
+        first, last, tokens = self._first[index], self._last[index], self._tokens[index]
+        if tokens > 1:
+            histograms["per_token"].observe((last - first) / (tokens - 1))
+            histograms["decode"].observe(last - first)
+        queued = self._queued[index * len(self._queued) // len(self._tokens)]
+        if queued is not None and first:
+            histograms["prefill"].observe(max(0.0, first - self._start - queued))
+            histograms["inference"].observe(max(0.0, last - self._start - queued))
+
+    def close(self, end: str, cached_tokens: int) -> None:
+        """Nothing more will come: counts choices that have not ended as `end`, and tells the request's record."""
+        for index, reason in enumerate(self._reasons):
+            if reason is None:
+                self._reasons[index] = end
+                self._metrics.finished[end] += 1
+        record = self._record
+        if record is None:
+            return
+        record.prompt_tokens += self._prompt_tokens
+        record.cached_tokens += cached_tokens
+        record.output_tokens += sum(self._tokens)
+        record.finish_reasons += [reason for reason in self._reasons if reason is not None]
+        record.queued = self._queued[0] if record.queued is None else record.queued
+        began = [first for first in self._first if first]
+        if began and record.first_token is None:
+            record.first_token = min(began) - record.start
 
 
 async def log_throughput(metrics: Metrics, stats: Callable[[], Mapping[str, float]], interval: float = 10.0) -> None:

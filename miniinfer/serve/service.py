@@ -22,8 +22,11 @@ from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.serve.answers import DONE, Answer, Prompt
+from miniinfer.serve.logs import log_request
 from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.protocol import ApiError, parse
+from miniinfer.serve.record import Sink
+from miniinfer.serve.tracing import Tracer
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
@@ -39,7 +42,10 @@ class Service:
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig, model: str, defaults: dict[str, Any]) -> None:
         self.engine, self.config, self.model, self.defaults = engine, config, model, defaults
-        self.metrics = Metrics(lambda: self.engine.stats)
+        self.metrics = Metrics(lambda: self.engine, model)
+        self.sinks: list[Sink] = [log_request]  # told of every HTTP request when it has ended
+        if config.otlp_endpoint is not None:
+            self.sinks.append(Tracer(config.otlp_endpoint))
         self.created = int(time.time())
         self.draining = False
         self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
@@ -143,6 +149,8 @@ class Service:
     async def respond(self, http: Request, answer: Answer, params: SamplingParams) -> Response:
         for prompt in answer.prompts:
             self.check_length(prompt, params.max_tokens)
+        if http.headers.get("x-explain-cache", "").lower() in ("1", "true"):
+            params.explain_cache = True
         headers = {"x-request-id": answer.id}
         items = self.items(answer, params)
         if not answer.request.stream:
@@ -170,8 +178,7 @@ class Service:
         """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
         request, count = answer.request, len(answer.prompts)
         self.admit(count)
-        self.metrics.prompt_tokens += sum(len(p.token_ids) for p in answer.prompts)
-        timer = Timer(self.metrics, len(answer.choices))
+        timer, end = Timer(self.metrics, answer.id, [len(p.token_ids) for p in answer.prompts], len(answer.choices), params), "error"
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
         numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)
@@ -188,6 +195,8 @@ class Service:
                         raise ApiError(500, f"the engine failed on this request: {item.error}")
                     number = numbers[item.request_id]
                     answer.note(number, item)
+                    if item.admission is not None:
+                        timer.admitted(number, item.admission.queued)
                     for delta in item.outputs:
                         if delta.finish_reason == "abort":
                             raise ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
@@ -197,11 +206,11 @@ class Service:
         except ValueError as e:
             raise ApiError.from_value_error(e) from None
         except (GeneratorExit, asyncio.CancelledError):
-            self.metrics.finished["abort"] += 1
+            end = "abort"
             raise
         finally:
             self._open.difference_update(ids)
-            log.debug("%s ended: %s", answer.id, answer.usage())
+            timer.close(end, sum(p.cached_tokens for p in answer.prompts))
 
 
 class EventStream(StreamingResponse):

@@ -41,4 +41,4 @@ def test_256_clients(bundled: ServerProcess) -> None:
         print(f"{CLIENTS} streams of 32 tokens in {seconds:.1f} s, {CLIENTS * 32 / seconds:.0f} tok/s")
 
     asyncio.run(main())
-    assert wait_for(lambda: bundled.metric("miniinfer_requests_running") == 0 == bundled.metric("miniinfer_kv_cache_usage"))
+    assert wait_for(lambda: bundled.metric("vllm:num_requests_running") == 0 == bundled.metric("vllm:kv_cache_usage_perc"))

@@ -157,5 +157,5 @@ def test_the_printed_curl_line_works(server: ServerProcess) -> None:
 def test_model_list_and_metrics(server: ServerProcess, client: openai.OpenAI, folder: Path) -> None:
     assert [m.id for m in client.models.list()] == [folder.name] == [MODEL]
     test_chat(client)
-    assert server.metric("miniinfer_generation_tokens_total") > 0
-    assert server.metric("miniinfer_requests_running") == 0
+    assert server.metric("vllm:generation_tokens_total") > 0
+    assert server.metric("vllm:num_requests_running") == 0

@@ -35,7 +35,7 @@ def test_256_streams_are_complete_right_and_fair(server: ServerProcess) -> None:
         assert max(gaps) < max(seconds / 2, 1.0), "a stream stood still while others went on"
 
     asyncio.run(main())
-    assert wait_for(lambda: server.metric("miniinfer_requests_running") == 0 == server.metric("miniinfer_kv_cache_usage"))
+    assert wait_for(lambda: server.metric("vllm:num_requests_running") == 0 == server.metric("vllm:kv_cache_usage_perc"))
 
 
 def test_500_disconnects_leave_nothing(folder: Path) -> None:
