@@ -17,6 +17,7 @@ from miniinfer.serve import (
     loads,
     openai,
     tokens,
+    web,
 )
 from miniinfer.serve.answers import encode
 from miniinfer.serve.metrics import CONTENT_TYPE, render
@@ -62,6 +63,7 @@ def build_app(service: Service) -> FastAPI:
     for routes in closed:
         app.include_router(routes, dependencies=[Depends(service.authorize)])
     app.include_router(_state(service))
+    app.include_router(web.router())
     return app
 
 
