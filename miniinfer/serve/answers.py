@@ -15,7 +15,7 @@ import msgspec
 
 from miniinfer.data import CompletionOutput, Logprob, RequestOutput
 from miniinfer.engine.text import Tokenizer
-from miniinfer.serve.protocol import ChatRequest, CompletionRequest
+from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from miniinfer.serve.tools import ToolCall, ToolCallParser
 
 DONE = b"data: [DONE]\n\n"
@@ -57,9 +57,10 @@ class Choice:
 class Answer:
     """What chat and completion answers share. Choice i belongs to prompt i // n.
 
-    A stream is `event` for every delta, then `usage_event` if asked for, then DONE; otherwise `add` for every delta, then `result`."""
+    A stream is `event` for every delta, then `end` or, if something goes wrong, `failure`; otherwise `add` for every delta, then `result`."""
 
     kind = event_kind = ""
+    stream_type = "text/event-stream"
 
     def __init__(
         self,
@@ -101,10 +102,16 @@ class Answer:
 
     def _misses(self) -> dict[str, Any]:
         """Where each prompt's first miss in the prefix cache was, and why, if the request asked for it."""
-        misses = [
-            {"prompt": i, "position": p.cached_tokens, "reason": p.cache_miss} for i, p in enumerate(self.prompts) if p.cache_miss is not None
-        ]
+        misses = [{"prompt": i, "position": p.cached_tokens, "reason": p.cache_miss} for i, p in enumerate(self.prompts) if p.cache_miss is not None]
         return {"cache_misses": misses} if misses else {}
+
+    def end(self) -> bytes:
+        """The end of a stream: the usage, if asked for, and DONE."""
+        return self.usage_event() + DONE if self.request.include_usage else DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """The end of a stream that cannot go on."""
+        return b"data: " + error.body() + b"\n\n" + DONE
 
     def usage_event(self) -> bytes:
         return self._stem + b',"choices":[],"usage":' + encode(self.usage()) + b"}\n\n"

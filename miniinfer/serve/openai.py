@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import uuid
+from typing import TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from miniinfer.data import SamplingParams
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
 from miniinfer.serve.protocol import ChatRequest, CompletionRequest
 from miniinfer.serve.schemas import ChatCompletion, Completion, Model, ModelList, described
 from miniinfer.serve.service import Service
+
+A = TypeVar("A", bound=ChatAnswer)
+
+
+async def chat_answer(service: Service, request: ChatRequest, kind: type[A], prefix: str) -> tuple[A, SamplingParams]:
+    """What a conversation needs to run, in whichever API's shape its answer will be: `kind` and its id's `prefix` say so."""
+    params = request.params(service.defaults)
+    prompt = await service.chat_prompt(
+        [message.for_template() for message in request.messages],
+        request.offered_tools,
+        add_generation_prompt=request.add_generation_prompt,
+        add_special_tokens=bool(request.add_special_tokens),
+        template_kwargs=request.chat_template_kwargs,
+    )
+    answer = kind(prefix + uuid.uuid4().hex, service.model, request, [prompt], params.n, service.engine.tokenizer)
+    return answer, params
 
 
 def router(service: Service) -> APIRouter:
@@ -21,16 +39,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", **described(ChatRequest, ChatCompletion, stream="text/event-stream"))
     async def chat(http: Request) -> Response:
-        request = await service.read(http, ChatRequest)
-        params = request.params(service.defaults)
-        prompt = await service.chat_prompt(
-            [message.for_template() for message in request.messages],
-            request.offered_tools,
-            add_generation_prompt=request.add_generation_prompt,
-            add_special_tokens=bool(request.add_special_tokens),
-            template_kwargs=request.chat_template_kwargs,
-        )
-        answer = ChatAnswer(f"chatcmpl-{uuid.uuid4().hex}", service.model, request, [prompt], params.n, engine.tokenizer)
+        answer, params = await chat_answer(service, await service.read(http, ChatRequest), ChatAnswer, "chatcmpl-")
         return await service.respond(http, answer, params)
 
     @routes.post("/completions", **described(CompletionRequest, Completion, stream="text/event-stream"))

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
-from miniinfer.serve.answers import DONE, Answer, Prompt
+from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.logs import log_request
 from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.protocol import ApiError, parse
@@ -63,6 +63,8 @@ class Service:
         if self.config.api_key is None:
             return
         scheme, _, key = http.headers.get("authorization", "").partition(" ")
+        if not key and (own := http.headers.get("x-api-key")):  # where Anthropic's clients put it
+            scheme, key = "bearer", own
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.config.api_key.encode()):
             headers = {"www-authenticate": "Bearer"}
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key", headers=headers)
@@ -157,7 +159,7 @@ class Service:
             return Response(await _unless_gone(http, _collect(items, answer)), media_type="application/json", headers=headers)
         # The status line waits for the first news, so that whatever the engine refuses still gets its own status.
         first = await _unless_gone(http, anext(items))
-        return EventStream(self._events(first, items, answer), items, {**headers, "cache-control": "no-cache"})
+        return EventStream(self._events(first, items, answer), items, answer.stream_type, {**headers, "cache-control": "no-cache"})
 
     async def _events(self, first: RequestOutput, items: AsyncGenerator[RequestOutput], answer: Answer) -> AsyncGenerator[bytes]:
         try:
@@ -165,14 +167,12 @@ class Service:
             async for item in items:
                 if event := _encode_item(item, answer):
                     yield event
-            if answer.request.include_usage:
-                yield answer.usage_event()
+            yield answer.end()
         except Exception as e:  # the status line is gone: the error goes into the stream, where clients look for it
             shown = as_api_error(e)
             if shown.status == 500:
                 log.error("%s failed", answer.id, exc_info=e)
-            yield b"data: " + shown.body() + b"\n\n"
-        yield DONE
+            yield answer.failure(shown)
 
     async def items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[RequestOutput]:
         """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
@@ -216,8 +216,8 @@ class Service:
 class EventStream(StreamingResponse):
     """Closes its generators as soon as the client has gone, which aborts the request; the garbage collector might take its time."""
 
-    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[RequestOutput], headers: dict[str, str]) -> None:
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+    def __init__(self, events: AsyncGenerator[bytes], items: AsyncGenerator[RequestOutput], media_type: str, headers: dict[str, str]) -> None:
+        super().__init__(events, headers={**headers, "content-type": media_type})
         self._events, self._items = events, items
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
