@@ -290,6 +290,7 @@ class SequenceUpdate(msgspec.Struct, array_like=True):
     error: str | None = None
     admission: Admission | None = None  # with the first token
     invalid: bool = False  # the error is the request's own fault; its text begins with the field's name
+    complete: bool = False  # "stop" because nothing more may follow: the last token is part of the text
 
 
 class Updates(msgspec.Struct, tag=True, array_like=True):

@@ -494,6 +494,20 @@ def check_penalties(device: str, dtype: torch.dtype, full: bool) -> None:
         close(ops.apply_penalties(*args), ref.apply_penalties(*args), f"penalties {rows}x{vocab}", torch.float32, fp32=1e-6)
 
 
+def check_bitmask(device: str, dtype: torch.dtype, full: bool) -> None:
+    ops = triton_ops()
+    for rows, count, vocab in [(3, 2, 131), (1, 1, 32)] + ([(64, 64, 151_936), (17, 3, 32_001)] if full else []):
+        logits = torch.randn(rows, vocab, device=device, dtype=dtype)
+        masks = torch.randint(-(2**31), 2**31, (count, -(-vocab // 32)), device=device).int()
+        which = torch.randint(-1, count, (rows,), device=device).int()
+        got = ops.apply_bitmask(logits, masks, which)
+        assert torch.equal(got, ref.apply_bitmask(logits, masks, which)), f"bitmask {rows}x{vocab}"
+        for entry, mask in enumerate(which.tolist()):
+            for v in (0, 31, vocab // 2, vocab - 1):
+                allowed = mask < 0 or (int(masks[mask, v // 32]) >> (v % 32)) & 1
+                assert got[entry, v] == (logits[entry, v] if allowed else float("-inf"))
+
+
 # ------------------------------------------------------------------------------------------------------- step inputs
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from miniinfer import kernels
 from miniinfer.cache.manager import CacheManager
 from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
 from miniinfer.data import Add, SequenceUpdate
+from miniinfer.engine.grammar import grammars
 from miniinfer.engine.profile import Profiler
 from miniinfer.engine.runner import Pending
 from miniinfer.engine.scheduler import Scheduler
@@ -27,6 +29,8 @@ from miniinfer.models.hub import resolve_folder
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
+
+GRAMMAR_SECONDS = 0.005  # how long a turn waits for a grammar if there is nothing else to do; new messages wait as long
 
 
 class EngineCore:
@@ -60,6 +64,9 @@ class EngineCore:
             seed=config.seed,
             deterministic=config.deterministic,
         )
+        self.grammars = grammars(
+            partial(_tokenizer_folder, config), shape.vocab_size, shape.eos_token_ids, config.max_num_seqs, device.type == "cuda"
+        )
         self.pending: Pending | None = None
         self.profiler = Profiler(config.profile, device.type == "cuda")
         self.info = self._describe(folder, shape, ops.name, seconds)
@@ -92,7 +99,11 @@ class EngineCore:
 
     def add(self, message: Add) -> list[SequenceUpdate]:
         """Takes in a sequence; one that can never run comes back at once as an update with finish_reason "error"."""
-        refused = self.scheduler.add(message, self.clock())
+        wanted = message.params.structured_outputs
+        if wanted is not None and self.config.skip_tokenizer_init:
+            error = f"{wanted.field}: structured output needs the tokenizer, but the engine was started with skip_tokenizer_init"
+            return [SequenceUpdate(message.id, [], "error", error=error, invalid=True)]
+        refused = self.scheduler.add(message, self.clock(), self.grammars.start(wanted) if wanted is not None else None)
         return [refused] if refused else []
 
     def abort(self, ids: list[str]) -> list[SequenceUpdate]:
@@ -114,7 +125,15 @@ class EngineCore:
         if plan is not None:
             with mark(plan):
                 self.pending = self.runner.launch(plan)
-        updates = self._apply(pending) if pending is not None else []
+        elif pending is None and self.scheduler.has_work:
+            self.grammars.wait(GRAMMAR_SECONDS)  # nothing else can be in the way
+        updates = self.scheduler.refused()
+        if pending is not None:
+            updates += self._apply(pending)
+        if self.pending is not None and self.pending.plan.constrained:
+            # The tokens before are known now; while the masks are made, the device is in the middle of the step.
+            with mark("masks"):
+                self.runner.draw(self.pending, self.grammars.masks(self.scheduler.constrained(self.pending.plan)))
         if self.config.overlap == 0 and self.pending is not None:
             updates += self._apply(self.pending)
             self.pending = None
@@ -152,9 +171,15 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Waits for the step in flight; the memory goes with the object."""
+        self.grammars.shutdown()
         if self.pending is not None:
             self.pending.result()
             self.pending = None
+
+
+def _tokenizer_folder(config: EngineConfig) -> Path:
+    """Where the vocabulary is that grammars speak of."""
+    return resolve_folder(config.tokenizer or config.model, config.revision, "tokenizer.json" if config.tokenizer else "config.json")
 
 
 def _cores() -> int:

@@ -122,7 +122,7 @@ class _Sequence:
         ids, params = update.token_ids, self.request.params
         if self.detokenizer is None:
             return "", len(ids), None
-        by_token = update.finish_reason == "stop" and not params.include_stop_str_in_output
+        by_token = update.finish_reason == "stop" and not update.complete and not params.include_stop_str_in_output
         shown = ids[:-1] if by_token else ids  # the token that ended it is kept, but not shown
         if self.stops is None:
             return self.detokenizer.push(shown), len(ids), None

@@ -132,7 +132,7 @@ class Rows:
         record[MIN_TOTAL] = init.prompt_len + p.min_tokens
         filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        held = init.stop_ids if p.min_tokens else []
+        held = init.stop_ids if p.min_tokens and p.structured_outputs is None else []  # else masks hold them back (grammar.py)
         biased = bool(p.logit_bias or held)
         self.flags[init.row] = FILTERED * filtered | PENALIZED * penalized | BIASED * biased
         self.prompt_logprobs[init.row] = -1 if p.prompt_logprobs is None else p.prompt_logprobs

@@ -34,13 +34,16 @@ LOGITS_CHUNK = 1024  # prompt positions whose logits are in memory at once
 
 @dataclass(slots=True)
 class Pending:
-    """A launched step: `result` waits for its copies to the host and reads them. The buffers are used again two steps on."""
+    """A launched step: `result` waits for its copies to the host and reads them. The buffers are used again two steps on.
+
+    With constrained entries the step ends before its draws: `undrawn`, until Runner.draw."""
 
     plan: StepPlan
     tokens: np.ndarray  # int32 on the host, one per entry whether it samples or not; valid once `done`
     done: torch.cuda.Event | None
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None
     prompt: dict[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
+    undrawn: tuple[Tensor, int] | None = None  # hidden states and the rows' flags
 
     def result(self) -> StepResult:
         """The sampled tokens, aligned with the plan's entries."""
@@ -105,7 +108,8 @@ class Runner:
         self.copy_pages(plan.copies)
         flags = self.rows.write(plan, padded[1] if padded else real)
         samples = any(plan.samples)
-        draws = samples and not plan.prompt_logprobs and plan.logprobs < 0 and not flags & (PENALIZED | BIASED)
+        plain = not flags & (PENALIZED | BIASED) and not plan.constrained
+        draws = samples and plain and not plan.prompt_logprobs and plan.logprobs < 0
         ending = HIDDEN if not draws else FILTERED_DRAW if flags & FILTERED else DRAW
         if padded:
             shape = Shape(*padded, 1 if tokens == real else padded[0], self.max_length, ending)
@@ -115,13 +119,30 @@ class Runner:
             shape = Shape(tokens, real, max(plan.counts), longest, ending)
             hidden = self._forward(shape)
             output = self._end(shape, hidden)
-        if samples and not draws:
-            self._sample(plan, output, flags, pending)
         if plan.prompt_logprobs:
             pending.prompt = self._prompt_logprobs(plan, hidden)
+        if plan.constrained:
+            pending.undrawn = output, flags
+            return pending
+        if samples and not draws:
+            self._sample(plan, output, flags, pending)
         if pending.done is not None:
             pending.done.record()
         return pending
+
+    @torch.inference_mode()
+    def draw(self, pending: Pending, masks: np.ndarray) -> None:
+        """The rest of a step with constrained entries, before the next `launch`. `masks` [plan.constrained, W] int32, in pinned memory that stays as it is
+        until the step is over: bit v % 32 of word v // 32 allows token v."""
+        assert pending.undrawn is not None
+        output, flags = pending.undrawn
+        pending.undrawn = None
+        which = np.full(len(pending.plan.rows), -1, dtype=np.int32)
+        which[pending.plan.constrained] = np.arange(len(masks))
+        bound = torch.from_numpy(masks).to(self.device, non_blocking=True), to_device(torch.from_numpy(which), self.device)
+        self._sample(pending.plan, output, flags, pending, bound)
+        if pending.done is not None:
+            pending.done.record()
 
     def copy_pages(self, copies: list[tuple[int, int, int]]) -> None:
         """Copies whole KV pages in every layer of a kind: (kind, source, destination) each."""
@@ -164,12 +185,13 @@ class Runner:
         self.ops.deliver(tokens, self._results.host, rows.turns)
         return tokens
 
-    def _sample(self, plan: StepPlan, hidden: Tensor, flags: int, pending: Pending) -> None:
-        """Draws behind a step that ended with hidden states: what is too rare or too varied for graphs."""
+    def _sample(self, plan: StepPlan, hidden: Tensor, flags: int, pending: Pending, bound: tuple[Tensor, Tensor] | None = None) -> None:
+        """Draws behind a step that ended with hidden states: what is too rare or too varied for graphs. `bound`: masks, and which entry has which."""
         rows, real = self.rows, len(plan.rows)
         logits = self.model.logits(hidden)[:real]
         longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
-        tokens = sampler.sample(logits, rows, rows.sample_rows[:real], rows.sample_positions[:real], flags, longest, self.ops)
+        allowed = logits if bound is None else self.ops.apply_bitmask(logits, *bound)
+        tokens = sampler.sample(allowed, rows, rows.sample_rows[:real], rows.sample_positions[:real], flags, longest, self.ops)
         self.ops.deliver(tokens, self._results.host, rows.turns)
         if plan.logprobs >= 0:
             ids, values, ranks = sampler.logprobs(logits, tokens, plan.logprobs)

@@ -14,10 +14,14 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from miniinfer.cache.manager import CacheManager, PageEntry
 from miniinfer.config import DETERMINISTIC_CHUNK
 from miniinfer.data import Add, Admission, Request, RowInit, SequenceUpdate, Status, StepPlan, StepResult, TokenLogprobs, sequence_seed
+
+if TYPE_CHECKING:
+    from miniinfer.engine.grammar import Constraint
 
 SECONDS_PER_PRIORITY = 30.0  # a request of priority p is treated as if it had come p times this later, so nobody starves
 RETRY_STEPS = 8  # how often a blocked head of the queue is tried again although no page was freed
@@ -64,6 +68,8 @@ class Scheduler:
         self._deterministic, self._least = deterministic, least
         self._requests: dict[str, Request] = {}  # all that live
         self._waiting: list[tuple[tuple[float, int], Request]] = []  # heap
+        self._preparing: list[Request] = []  # whose grammars are being compiled
+        self._refused: list[SequenceUpdate] = []
         self._running: list[Request] = []  # sorted by key
         self._num_rows = max_num_seqs
         self._rows = list(range(max_num_seqs))  # free ones, heap: low rows first keep batches compact
@@ -76,8 +82,10 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------ coming and going
 
-    def add(self, message: Add, now: float) -> SequenceUpdate | None:
-        """Takes a sequence in; `now` in seconds, of any clock that only rises. An update with an error if it can never run."""
+    def add(self, message: Add, now: float, constraint: Constraint | None = None) -> SequenceUpdate | None:
+        """Takes a sequence in; `now` in seconds, of any clock that only rises. An update with an error if it can never run.
+
+        With a `constraint` it enters the queue when that is ready, its place being that of its arrival."""
         error = self._refusal(message)
         if error:
             return SequenceUpdate(message.id, [], "error", error=error)
@@ -101,7 +109,11 @@ class Scheduler:
         request.seed = sequence_seed(params, sibling, self._seed, self._arrivals) if message.seed is None else message.seed
         self.cache.join(request)
         self._requests[request.id] = request
-        heapq.heappush(self._waiting, (request.key, request))
+        request.constraint = constraint
+        if constraint is None:
+            heapq.heappush(self._waiting, (request.key, request))
+        else:
+            self._preparing.append(request)
         return None
 
     def abort(self, ids: Iterable[str]) -> list[SequenceUpdate]:
@@ -151,6 +163,8 @@ class Scheduler:
         before any later plan's (see cache/manager.py). The caller drops finished requests from the running list."""
         if request.status is Status.RUNNING:
             self._give_back(request)
+        elif request in self._preparing:
+            self._preparing.remove(request)
         else:
             self._waiting.remove((request.key, request))
             heapq.heapify(self._waiting)
@@ -173,6 +187,8 @@ class Scheduler:
     def schedule(self, now: float | None = None) -> StepPlan | None:
         """The next step, or None if nothing can be computed now (no work, or all of it waits for results in flight). From `now`, on the clock
         of `add`, newcomers learn how long they have waited."""
+        if self._preparing:
+            self._end_preparing()
         plan = StepPlan(self._steps, [], [], [], [], [], [], [])
         preemptions = self._counts["preemptions"]
         work = self._plan_running(plan.page_entries)
@@ -185,6 +201,29 @@ class Scheduler:
         self._planned[plan.step] = [request for request, _ in work]
         self._steps += 1
         return plan
+
+    def _end_preparing(self) -> None:
+        """Moves requests whose grammars are ready to the queue, and ends those whose grammars are bad."""
+        for request in self._preparing.copy():
+            constraint = request.constraint
+            if not constraint.ready:
+                continue
+            if constraint.error is None:
+                self._preparing.remove(request)
+                heapq.heappush(self._waiting, (request.key, request))
+            else:
+                self._finish(request, aborted=True)
+                self._refused.append(SequenceUpdate(request.id, [], "error", error=constraint.error, invalid=constraint.invalid))
+
+    def refused(self) -> list[SequenceUpdate]:
+        """The ends of requests that `schedule` has refused since the last call."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def constrained(self, plan: StepPlan) -> list[Request]:
+        """Those of a plan that sample under a mask, in the order of `plan.constrained`; some may have ended meanwhile."""
+        planned = self._planned[plan.step]
+        return [planned[entry] for entry in plan.constrained]
 
     def _plan_running(self, entries: list[PageEntry]) -> list[tuple[Request, int]]:
         """(request, tokens) pairs of running requests.
@@ -299,6 +338,8 @@ class Scheduler:
             if end == len(request.tokens) + request.in_flight:
                 samples.append(True)
                 request.in_flight += 1
+                if request.constraint is not None:
+                    plan.constrained.append(len(samples) - 1)
                 if params.logprobs is not None and params.logprobs > plan.logprobs:
                     plan.logprobs = params.logprobs
             else:
@@ -343,7 +384,8 @@ class Scheduler:
                 update.prompt_logprobs = request.prompt_logprobs
         for token in new:
             tokens.append(token)
-            if (token in request.stop_ids or len(tokens) >= request.max_total) and self._ends(request, token, update):
+            last = token in request.stop_ids or len(tokens) >= request.max_total or request.constraint is not None
+            if last and self._ends(request, token, update):
                 update.token_ids = new[: len(tokens) - before]
                 self._finish(request)
                 break
@@ -356,8 +398,20 @@ class Scheduler:
         if token in request.stop_ids and len(request.tokens) - request.prompt_len >= params.min_tokens:
             update.finish_reason = "stop"
             update.stop_reason = None if token in self._eos and not params.ignore_eos else token
+        elif request.constraint is not None and self._ends_by_grammar(request, token, update):
+            pass
         elif len(request.tokens) >= request.max_total:
             update.finish_reason = "length"
+        return update.finish_reason is not None
+
+    def _ends_by_grammar(self, request: Request, token: int, update: SequenceUpdate) -> bool:
+        """Whether the output is complete, so that not even an end-of-text token is wanted, or its grammar has failed."""
+        constraint = request.constraint
+        constraint.advance(request.tokens, request.prompt_len)
+        if constraint.error is not None:
+            update.finish_reason, update.error, update.invalid = "error", constraint.error, constraint.invalid
+        elif constraint.finished:
+            update.finish_reason, update.complete = "stop", token not in self._eos
         return update.finish_reason is not None
 
     def _gather_prompt_logprobs(self, request: Request, start: int, found: list[TokenLogprobs]) -> None:
@@ -382,7 +436,7 @@ class Scheduler:
         used = [1 - cache.num_available(k) / pool.size for k, pool in enumerate(cache.pools)]
         return {
             "running": len(self._running),
-            "waiting": len(self._waiting),
+            "waiting": len(self._waiting) + len(self._preparing),
             "kv_usage": max(used),  # share of the scarcest kind's pages that requests hold
             "prefix_queries": cache.query_tokens,
             "prefix_hits": cache.hit_tokens,
@@ -394,7 +448,7 @@ class Scheduler:
     def check(self) -> None:
         """Proves the invariants of scheduler and cache. Call between steps; costs time in proportion to the pages. Raises RuntimeError."""
         self.cache.check(self._running)
-        waiting = [request for _, request in self._waiting]
+        waiting = [request for _, request in self._waiting] + self._preparing
         everyone = self._running + waiting
         _ensure(len(everyone) == len(self._requests) == len({r.id for r in everyone}), "a request is in no place or in two")
         _ensure(all(self._requests.get(r.id) is r for r in everyone), "a request is known by another's id")

@@ -110,6 +110,8 @@ def rehearse(runner: Runner) -> None:
             for shape in shapes(runner):
                 hidden = runner.graphs.step(shape)
             logits = runner.model.logits(hidden)
+            words = torch.zeros(1, -(-logits.shape[1] // 32), dtype=torch.int32, device=logits.device)
+            runner.ops.apply_bitmask(logits, words, rows.sample_rows[:1])
             for flags in (PENALIZED, PENALIZED | FILTERED):
                 sampler.sample(logits, rows, rows.sample_rows[:1], rows.sample_positions[:1], flags, longest, runner.ops)
             for count in 1, 2:  # Triton tells apart how lists of one and of more lie in memory

@@ -96,6 +96,15 @@ class Tokenizer:
         """`token_bytes` for showing, with U+FFFD for a part of a character."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """The tokens that stand beside the trained vocabulary: special ones, tags and the like."""
+        return {int(i): token.content for i, token in self._backend.get_added_tokens_decoder().items()}
+
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json has it, with what tokenizer_config.json adds."""
+        return str(self._backend.to_str())
+
     def token_id(self, token: str) -> int | None:
         """The id of a token by its exact spelling in the vocabulary (for instance "<|im_end|>"), None if there is none."""
         found = self._backend.token_to_id(token)

@@ -33,6 +33,7 @@ class Ops:
     moe: Callable[..., Any]
     sample_rows: Callable[..., Any]
     apply_penalties: Callable[..., Any]
+    apply_bitmask: Callable[..., Any]
     stage: Callable[..., Any]
     step_inputs: Callable[..., Any]
     deliver: Callable[..., Any]

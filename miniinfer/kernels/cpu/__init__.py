@@ -12,6 +12,7 @@ from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -197,6 +198,15 @@ def sample(
 
 
 sample_rows = partial(reference.sample_rows, draw=sample)
+
+
+def apply_bitmask(logits: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    forbidden = torch.from_numpy(np.unpackbits((~masks).numpy().view(np.uint8), axis=1, bitorder="little")).view(torch.bool)[:, : logits.shape[1]]
+    out = logits.clone()
+    for entry, mask in enumerate(which.tolist()):
+        if mask >= 0:
+            out[entry].masked_fill_(forbidden[mask], float("-inf"))
+    return out
 
 
 def step_inputs(

@@ -17,11 +17,11 @@ from miniinfer.kernels.triton.experts import moe
 from miniinfer.kernels.triton.linear import pack_gated, pack_gated_fixed, pack_linear, pack_linear_fixed
 from miniinfer.kernels.triton.rope import rope_qkv_cache
 from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
-from miniinfer.kernels.triton.sampling import apply_penalties, sample_rows
+from miniinfer.kernels.triton.sampling import apply_bitmask, apply_penalties, sample_rows
 from miniinfer.kernels.triton.steps import copy_pages, deliver, stage, step_inputs
 
 __all__ = [
-    "add_rms_norm", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_gated", "pack_linear",
+    "add_rms_norm", "apply_bitmask", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_gated", "pack_linear",
     "paged_attention", "rms_norm", "rope_qkv_cache", "sample_rows", "silu_mul", "stage", "step_inputs",
 ]  # fmt: skip
 

@@ -188,3 +188,28 @@ def apply_penalties(
         logits, counts, repetition, presence, frequency, out, vocab, logits.stride(0), BLOCK=4096, num_warps=8
     )
     return out
+
+
+@triton.jit
+def _bitmask_kernel(logits, masks, which, out, vocab, logits_stride, masks_stride, BLOCK: tl.constexpr):
+    """Program (s, i): block i of entry s, copied with what its mask does not allow taken out."""
+    index = tl.program_id(0)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < vocab
+    value = tl.load(logits + index.to(tl.int64) * logits_stride + ids, mask=inside, other=0.0).to(tl.float32)
+    mask = tl.load(which + index)
+    words = tl.load(masks + mask.to(tl.int64) * masks_stride + ids // 32, mask=inside & (mask >= 0), other=-1)
+    value = tl.where((words >> (ids % 32)) & 1 != 0, value, float("-inf"))
+    tl.store(out + index.to(tl.int64) * vocab + ids, value, mask=inside)
+
+
+def apply_bitmask(logits: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    """As the reference."""
+    entries, vocab = logits.shape
+    assert logits.stride(1) == 1 and masks.stride(1) == 1
+    out = torch.empty(entries, vocab, dtype=logits.dtype, device=logits.device)
+    if entries:
+        _bitmask_kernel[(entries, triton.cdiv(vocab, 4096))](
+            logits, masks, which.contiguous(), out, vocab, logits.stride(0), masks.stride(0), BLOCK=4096, num_warps=8
+        )  # fmt: skip
+    return out
