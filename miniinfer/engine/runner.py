@@ -132,8 +132,8 @@ class Runner:
 
     @torch.inference_mode()
     def draw(self, pending: Pending, masks: np.ndarray) -> None:
-        """The rest of a step with constrained entries, before the next `launch`. `masks` [plan.constrained, W] int32, in pinned memory that stays as it is
-        until the step is over: bit v % 32 of word v // 32 allows token v."""
+        """The rest of a step with constrained entries, before the next `launch`. `masks` [constrained entries, W] int32 as apply_bitmask takes them,
+        in pinned memory that stays as it is until the step is over."""
         assert pending.undrawn is not None
         output, flags = pending.undrawn
         pending.undrawn = None

@@ -254,8 +254,8 @@ def apply_penalties(
 def apply_bitmask(logits: Tensor, masks: Tensor, which: Tensor) -> Tensor:
     """Takes tokens that a grammar does not allow out of a row's choice.
 
-    logits [S, V] of any float dtype; masks [M, W] int32 with W = ceil(V / 32): bit v % 32 of word v // 32 allows token v; which [S] int32: the mask of
-    entry s, or -1 for none. Returns new logits [S, V], -inf where not allowed."""
+    logits [S, V] of any float dtype; masks [M, W] int32 with W = ceil(V / 32): bit v % 32 of word v // 32 allows token v; which [S] int32: entry s's
+    mask, or -1 for none. Returns new logits [S, V], -inf where not allowed."""
     bits = masks.contiguous().view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=masks.device)
     allowed = (bits & 1).bool().view(len(masks), masks.shape[1] * 32)[:, : logits.shape[1]]
     bound = which >= 0

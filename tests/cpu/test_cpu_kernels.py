@@ -216,6 +216,13 @@ def test_sample_takes_banned_and_tied_tokens_as_the_reference_does() -> None:
     assert cpu.sample(*arguments)[0] == 40
 
 
+def test_apply_bitmask() -> None:
+    logits, which = torch.randn(5, 131), torch.tensor([1, -1, 0, 1, -1]).int()
+    masks = torch.randint(-(2**31), 2**31, (2, 5)).int()
+    assert torch.equal(cpu.apply_bitmask(logits, masks, which), reference.apply_bitmask(logits, masks, which))
+    assert torch.equal(cpu.apply_bitmask(logits, masks[:0], torch.full((5,), -1).int()), logits)
+
+
 def test_step_inputs() -> None:
     rows, starts, counts, width = torch.tensor([2, 0, 3]).int(), torch.tensor([5, 0, 30]).int(), [1, 7, 1], 40
     start = torch.tensor([0, *counts]).cumsum(0).int()

@@ -21,8 +21,8 @@ from miniinfer.kernels.triton.sampling import apply_bitmask, apply_penalties, sa
 from miniinfer.kernels.triton.steps import copy_pages, deliver, stage, step_inputs
 
 __all__ = [
-    "add_rms_norm", "apply_bitmask", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_gated", "pack_linear",
-    "paged_attention", "rms_norm", "rope_qkv_cache", "sample_rows", "silu_mul", "stage", "step_inputs",
+    "add_rms_norm", "apply_bitmask", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_gated",
+    "pack_linear", "paged_attention", "rms_norm", "rope_qkv_cache", "sample_rows", "silu_mul", "stage", "step_inputs",
 ]  # fmt: skip
 
 
