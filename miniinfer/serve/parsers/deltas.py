@@ -1,0 +1,60 @@
+"""What parsers make of a model's text, piece by piece. Owns the types only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """A tool call begins; calls are numbered from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of a call's arguments, which are the JSON text of an object."""
+
+    index: int
+    text: str
+
+
+Delta = Content | Reasoning | CallStart | CallArguments
+
+
+class OutputParser(Protocol):
+    """One answer's text in, its parts out. However the text is cut into pieces, the deltas add up to the same."""
+
+    @property
+    def num_calls(self) -> int:
+        """Calls reported so far."""
+
+    def push(self, text: str) -> list[Delta]:
+        """What is certain now."""
+
+    def finish(self) -> list[Delta]:
+        """What was held back, once nothing follows. To be called once."""
+
+
+def held_back(text: str, tags: tuple[str, ...]) -> int:
+    """Length of the text's end that may become one of the tags."""
+    longest = max(map(len, tags), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        end = text[start:]
+        if any(tag.startswith(end) for tag in tags):
+            return len(end)
+    return 0
