@@ -16,6 +16,7 @@ from miniinfer.engine.client import EngineDeadError
 from miniinfer.serve import (
     loads,
     openai,
+    responses,
     tokens,
     web,
 )
@@ -56,6 +57,7 @@ def build_app(service: Service) -> FastAPI:
 
     closed = (
         openai.router(service),
+        responses.router(service),
         tokens.router(service),
         loads.router(service),
         control,

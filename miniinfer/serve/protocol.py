@@ -394,6 +394,11 @@ def parse(kind: type[R], body: bytes) -> R:
         raise ApiError(400, f"the body is not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise ApiError(400, "the body must be a JSON object")
+    return checked(kind, raw)
+
+
+def checked(kind: type[R], raw: dict[str, Any]) -> R:
+    """`parse` of what is decoded already."""
     try:
         return kind.model_validate(raw)
     except ValidationError as e:
