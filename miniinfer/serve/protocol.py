@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, from_json
 
 from miniinfer.data import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from miniinfer.serve import structured
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
@@ -60,7 +61,7 @@ def _refuse(field: str, why: str) -> NoReturn:
 
 # Fields that official clients send and that change nothing a text server of one user's own promises.
 IGNORED = frozenset(
-    "metadata prediction prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort"
+    "metadata prediction prompt_cache_key prompt_cache_options prompt_cache_retention"
     " safety_identifier service_tier store user verbosity".split()
 )
 
@@ -162,9 +163,17 @@ class Sampling(Strict):
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
+    timeout: float | None = Field(None, gt=0, le=604800, description="seconds after which the request ends with an error")
     cache_salt: str = Field("", max_length=256)
+    keep_cache_seconds: float | None = None
     return_token_ids: bool = False
     explain_cache: bool = False
+    response_format: Annotated[Any, WithJsonSchema(structured.SCHEMAS["response_format"])] = None
+    structured_outputs: Annotated[Any, WithJsonSchema(structured.SCHEMAS["structured_outputs"])] = None
+    guided_json: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_json"])] = None
+    guided_regex: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_regex"])] = None
+    guided_choice: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_choice"])] = None
+    guided_grammar: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_grammar"])] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -213,12 +222,13 @@ class Sampling(Strict):
         """What the client asked for over `defaults` (from the checkpoint); `more` are the endpoint's own. ApiError on a bad value."""
         asked = {f: getattr(self, f) for f in _PASSED_ON if getattr(self, f) is not None}
         try:
-            return SamplingParams(**{**defaults, **asked, **more})
+            wanted = structured.structured({f: getattr(self, f) for f in structured.FIELDS})
+            return SamplingParams(**{**defaults, **asked, "structured_outputs": wanted, **more})
         except ValueError as e:
             raise ApiError.from_value_error(e) from None
 
 
-_PASSED_ON = tuple(f for f in SamplingParams.__struct_fields__ if f in Sampling.model_fields and f != "max_tokens")
+_PASSED_ON = tuple(f for f in SamplingParams.__struct_fields__ if f in Sampling.model_fields and f not in ("max_tokens", "structured_outputs"))
 
 
 # ------------------------------------------------------------------------------------------------------- completions
@@ -268,6 +278,7 @@ class Message(Strict):
     tool_calls: list[Annotated[dict[str, Any], WithJsonSchema(_CALL)]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same under its other name
 
     @model_validator(mode="before")
     @classmethod
@@ -316,7 +327,10 @@ class Message(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """As plain data. Templates know no developer role: it is OpenAI's new word for system."""
-        values = {"content": "", **self.model_dump(exclude_none=True)}
+        values = {"content": None, **self.model_dump(exclude_none=True)}
+        reasoning = values.pop("reasoning", None)
+        if reasoning is not None:
+            values.setdefault("reasoning_content", reasoning)
         return {**values, "role": "system"} if self.role == "developer" else values
 
 
@@ -349,16 +363,14 @@ class ChatRequest(Sampling):
     tools: Tools | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool = True  # false: only the first call of an answer is reported
-    response_format: Any = None
     modalities: list[str] | None = None
+    include_reasoning: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _only_what_we_can(self) -> ChatRequest:
-        kind = self.response_format.get("type") if isinstance(self.response_format, dict) else self.response_format
-        if kind not in (None, "text"):
-            _refuse("response_format", f"{kind!r} is not supported yet, only 'text'")
         if self.tool_choice not in (None, "none", "auto"):
             _refuse("tool_choice", "only 'auto' and 'none' are supported yet")
         if self.modalities not in (None, ["text"]):
@@ -366,6 +378,13 @@ class ChatRequest(Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             _refuse("top_logprobs", "needs logprobs to be true")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages. Templates that let reasoning be switched off call that `enable_thinking`."""
+        effort = self.reasoning_effort
+        variables: dict[str, Any] = {} if effort is None else {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+        return variables | (self.chat_template_kwargs or {})
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:

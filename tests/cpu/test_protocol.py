@@ -19,7 +19,6 @@ from serve_fake import FakeEngine, Server, read_events
 
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse
-from miniinfer.serve.tools import ToolCallParser
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -249,27 +248,6 @@ def test_tools_not_wanted(server: Server) -> None:
     assert "Tools:" not in server.engine.tokenizer.decode(server.engine.seen[0][0])
 
 
-@pytest.mark.parametrize(
-    ("text", "content", "names"),
-    [
-        ("plain <b> text ", "plain <b> text ", []),
-        (CALLS + "\n", "Let me see.", ["add", "now"]),
-        ("<tool_call>{bad}</tool_call> x", "<tool_call>{bad}</tool_call> x", []),
-        ('<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
-        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', []),
-        ('a <tool_call>{"name": "f"', 'a <tool_call>{"name": "f"', []),
-        ('<tool_call>{"name": "f"}</tool_call> after <tool', " after <tool", ["f"]),
-    ],
-)
-def test_parser_gives_the_same_whole_and_in_pieces(text: str, content: str, names: list[str]) -> None:
-    for size in (1, 3, 7, len(text)):
-        parser, got, calls = ToolCallParser(), "", []
-        for i in range(0, len(text), size):
-            more, found = parser.feed(text[i : i + size])
-            got, calls = got + more, calls + found
-        assert (got + parser.finish(), [c.name for c in calls]) == (content, names)
-
-
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -306,12 +284,27 @@ def test_parser_gives_the_same_whole_and_in_pieces(text: str, content: str, name
         ({"stream": 1}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "unknown field"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "'json_schema'"),
+        ({"response_format": "json_object"}, "response_format", "must be an object"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format", "unknown field 'schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema: must be an object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": 1}}}, "response_format", "name must be of type str"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": []}}}, "response_format", "must be an object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"scheme": {}}}}, "response_format", "unknown field 'scheme'"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "one structure"),
+        ({"guided_json": "{"}, "guided_json", "not valid JSON"),
+        ({"guided_regex": 7}, "guided_regex", "regex"),
+        ({"guided_choice": []}, "guided_choice", "non-empty"),
+        ({"guided_choice": ["a", 1]}, "guided_choice", "choice"),
+        ({"guided_grammar": "x" * 300_000}, "guided_grammar", "262144"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {}}, "structured_outputs", "got none"),
+        ({"structured_outputs": {"backend": "x"}}, "structured_outputs", "unknown field 'backend'"),
+        ({"structured_outputs": 3}, "structured_outputs", "must be an object"),
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "auto"),
         ({"tools": [{"type": "web_search"}]}, "tools", "tool 0"),
         ({"audio": {"voice": "x"}}, "audio", "not supported"),
         ({"modalities": ["audio"]}, "modalities", "text"),
-        ({"guided_json": {}}, "guided_json", "unknown field"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "messages"),
     ],
 )  # fmt: skip
@@ -320,6 +313,30 @@ def test_a_bad_chat_field_is_named(server: Server, fields: dict[str, Any], param
     assert status == 400, body
     assert body["error"]["param"] == param and says in body["error"]["message"] and body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"].startswith(param.split(".")[0]) and not server.engine.open
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("json_object", "true")),
+        ({"response_format": {"type": "json_object", "schema": {"type": "object"}}}, ("json", '{"type": "object"}')),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"a": 1}}}}, ("json", '{"a": 1}')),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "any_text"}}}, ("structural_tag", '{"format": {"type": "any_text"}}')),
+        ({"guided_json": '{"const": "ü"}'}, ("json", '{"const": "ü"}')),
+        ({"guided_regex": "a+"}, ("regex", "a+")),
+        ({"guided_choice": ["a", "b"]}, ("choice", '["a", "b"]')),
+        ({"guided_grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
+        ({"structured_outputs": {"json": True, "regex": None}}, ("json", "true")),
+    ],
+)  # fmt: skip
+def test_structure_in_every_spelling(server: Server, fields: dict[str, Any], wanted: tuple[str, str] | None) -> None:
+    chat(server, **fields)
+    complete(server, **fields)
+    for _, params, _, _ in server.engine.seen:
+        made = params.structured_outputs
+        assert (made and (made.kind, made.text)) == wanted
+        assert made is None or made.field == next(iter(fields))
 
 
 BAD_PROMPTS: list[Any] = [None, "", [], [""], ["a", ""], [[]], 7, ["a", 1], [1, "a"], [[1], "a"], [[1.5]], [True], {"a": 1}, [320], [-1]]
@@ -543,7 +560,10 @@ def test_models_health_version_metrics(server: Server, client: openai.OpenAI) ->
     samples = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if not line.startswith("#")}
     assert samples['vllm:num_requests_running{model_name="tiny"}'] == 3
     assert samples['vllm:request_success_total{finished_reason="stop",model_name="tiny"}'] >= 1
-    generated, first = samples['vllm:generation_tokens_total{model_name="tiny"}'], samples['vllm:time_to_first_token_seconds_count{model_name="tiny"}']
+    generated, first = (
+        samples['vllm:generation_tokens_total{model_name="tiny"}'],
+        samples['vllm:time_to_first_token_seconds_count{model_name="tiny"}'],
+    )
     assert generated >= first >= 1
 
 
