@@ -21,11 +21,16 @@ let models = [];
 
 function open(conversation) {
   if (models.length && !models.some((model) => model.id === conversation.model)) conversation.model = models[0].id;
-  $("model").value = conversation.model ?? "";
+  choose(conversation.model);
   $("notice").textContent = "";
   form.show(conversation.settings);
   chat.show(conversation);
   list();
+}
+
+function choose(model) {
+  $("model").value = model ?? "";
+  live.show(model);
 }
 
 function fresh() {
@@ -88,7 +93,7 @@ async function loadModels() {
   $("model").replaceChildren(...models.map(({ id }) => h("option", { value: id }, id)));
   const { chat: current } = chat;
   if (!models.some((model) => model.id === current.model)) current.model = models[0]?.id;
-  $("model").value = current.model;
+  choose(current.model);
   if (!current.messages.length) open(current);
   live.start();
 }
@@ -147,7 +152,7 @@ for (const name of ["list", "settings"]) {
   $("chat").classList.toggle(`no-${name}`, Boolean(preference(`no-${name}`)));
 }
 for (const [name, other] of [["chat", "live"], ["live", "chat"]]) {
-  $(`tab-${name}`).addEventListener("click", () => (location.hash = name));
+  $(`tab-${name}`).addEventListener("click", () => ((location.hash = name), tab()));
   $(`tab-${name}`).addEventListener("keydown", ({ key }) => {
     if (key === "ArrowLeft" || key === "ArrowRight") location.hash = other, $(`tab-${other}`).focus();
   });
@@ -170,6 +175,7 @@ $("stop").addEventListener("click", () => (chat.stop(), $("prompt").focus()));
 $("new").addEventListener("click", fresh);
 $("model").addEventListener("change", ({ target }) => {
   chat.chat.model = target.value;
+  live.show(target.value);
   if (chat.chat.messages.length) store.save(chat.chat);
   else open(chat.chat);
 });

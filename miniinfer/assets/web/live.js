@@ -20,7 +20,7 @@ const CHARTS = [
   ["Time per output token", "over the last minute", seconds, percentiles("inter_token_latency_seconds")],
   ["Requests", "in the batch, and waiting for a place", whole,
     { running: (now) => now.sum("num_requests_running"), waiting: (now) => now.sum("num_requests_waiting") }],
-  ["KV cache", "share of the pages in use", percent, { used: (now) => now.max("kv_cache_usage_perc") }, 1],
+  ["KV cache", "share of the pages in use", percent, { used: (now) => now.sum("kv_cache_usage_perc") }, 1],
   ["Prefix cache", "prompt tokens found, over the last minute", percent, { hits: hitRate }, 1],
   ["Batch", "tokens per step of the engine", number, { size: batch }],
   ["Answers", "ended per second", number, { ended: (now, last) => rate(last, now, "request_success_total") }],
@@ -54,12 +54,20 @@ export class Live {
     if (!this.timer) this.#tick();
   }
 
+  /** The model whose figures are shown. */
+  show(model) {
+    if (model === this.model) return;
+    this.model = model;
+    this.scrapes = [];
+    for (const chart of this.charts) chart.points = [];
+  }
+
   async #tick() {
     clearTimeout(this.timer);
     if (document.hidden) return; // a page that nobody sees costs the server nothing
     this.timer = setTimeout(() => this.#tick(), INTERVAL);
     try {
-      this.#take(new Scrape(await this.api.metrics(), Date.now()));
+      this.#take(new Scrape(await this.api.metrics(), Date.now(), this.model));
       $("live-state").textContent = `every ${INTERVAL / 1000} s, the last ${SPAN / 60_000} minutes`;
     } catch (error) {
       $("live-state").textContent = error.message;

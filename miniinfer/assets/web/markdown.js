@@ -5,7 +5,7 @@
 import { copyButton, h } from "./dom.js";
 
 const MARKER = /^( {0,12})([-*+]|\d{1,9}[.)])(?: +|$)/;
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
+const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -115,7 +115,7 @@ function code(lines) {
   const last = lines.at(-1).trim();
   const closed = lines.length > 1 && last.startsWith(fence) && last === fence[0].repeat(last.length);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h("figure", { class: "code" }, h("figcaption", {}, h("span", {}, language || "text"), copyButton(() => text)),
+  return h("figure", { class: "code" }, h("figcaption", {}, h("span", {}, language.trim() || "text"), copyButton(() => text)),
     h("pre", { tabindex: 0 }, h("code", {}, text)));
 }
 

@@ -3,9 +3,9 @@
 const LINE = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
 
-/** One scrape. Names lose the prefix that tells engines apart. */
+/** One scrape, of one model where the server has several. Names lose the prefix that tells engines apart. */
 export class Scrape {
-  constructor(text, time) {
+  constructor(text, time, model) {
     this.time = time;
     this.samples = new Map();
     for (const line of text.split("\n")) {
@@ -13,19 +13,15 @@ export class Scrape {
       if (!found) continue; // a comment, or an empty line
       const name = found[1].replace(/^(vllm|miniinfer)[:_]/, "");
       const labels = Object.fromEntries([...(found[2] ?? "").matchAll(LABEL)].map(([, key, value]) => [key, value]));
+      if (model && labels.model_name && labels.model_name !== model) continue;
       if (!this.samples.has(name)) this.samples.set(name, []);
       this.samples.get(name).push({ labels, value: Number(found[3]) });
     }
   }
 
-  /** The sum over labels (several models, several reasons), or undefined if the server does not have it. */
+  /** The sum over labels (several reasons), or undefined if the server does not have it. */
   sum(name) {
     return this.samples.get(name)?.reduce((total, sample) => total + sample.value, 0);
-  }
-
-  max(name) {
-    const found = this.samples.get(name);
-    return found && Math.max(...found.map((sample) => sample.value));
   }
 
   /** [[upper bound, count up to it], ...] of a histogram, summed over its other labels. */
