@@ -18,6 +18,7 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
+MAX_KEEP_SECONDS = 3600
 MAX_GRAMMAR_BYTES = 256 << 10  # of a schema, a grammar, a regular expression or all choices together
 STRUCTURED = "json json_object regex choice grammar structural_tag".split()
 
@@ -104,6 +105,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_logprobs: Annotated[int | None, "alternatives per prompt token"] = None
     skip_special_tokens: Annotated[bool, "leave special tokens out of the text"] = True
     detokenize: Annotated[bool, "turn tokens into text"] = True
+    keep_cache_seconds: Annotated[float, "while that long, evict other prefixes first: for a conversation whose tool is running"] = 0.0
     explain_cache: Annotated[bool, "say why the first token that was not found in the prefix cache was not"] = False
     structured_outputs: Annotated[StructuredOutputsParams | None, "what the output must look like"] = None
 
@@ -130,6 +132,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         check(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS, "prompt_logprobs", f"from 0 to {MAX_LOGPROBS}")
         check(len(self.stop_token_ids or ()) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
         check(all(self.stop or []), "stop", "non-empty strings")
+        check(0 <= self.keep_cache_seconds <= MAX_KEEP_SECONDS, "keep_cache_seconds", f"from 0 to {MAX_KEEP_SECONDS}")
         if self.logit_bias:
             check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
             check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")

@@ -187,13 +187,19 @@ class CacheManager:
                 if page and node.pages[k] == page:
                     self.tree.hold(node, k)
 
-    def release(self, request: Request) -> None:
+    def release(self, request: Request, keep_until: float = 0.0) -> None:
         """Takes everything from a request: what is computed stays in the tree, to the token, until evicted; the rest is free at once.
 
+        Until `keep_until`, on the clock of `tick`, others' pages are evicted first, unless half of all pages are kept already.
         A step in flight may still write to these pages, but only behind the tokens committed here, or the very values they stand for."""
         pages: Pages = request.pages
         self.commit(request)
-        self._commit_tail(request)
+        tail = self._commit_tail(request)
+        if keep_until and 2 * self.tree.idle.num_kept < min(pool.size for pool in self.pools):
+            for node in pages.nodes:
+                node.keep_until = max(node.keep_until, keep_until)
+            if tail is not None:
+                self.tree.keep(tail, keep_until)
         for i in range(max(map(len, pages.tables)) - 1, -1, -1):  # from the end: the eviction order rests on it
             for k, table in enumerate(pages.tables):
                 if i < len(table) and table[i]:
@@ -203,6 +209,10 @@ class CacheManager:
         if pages.top is not None:
             self.tree.unlock(pages.top)
         request.pages = None
+
+    def tick(self, now: float) -> None:
+        """Tells the time: pages that were to be kept until then are like all others again."""
+        self.tree.tick(now)
 
     def end_plan(self) -> None:
         """The plan is complete: sources of its copies may be evicted by the next."""
@@ -285,19 +295,21 @@ class CacheManager:
             return min(request.computed, request.prompt_len) if request.prompt_len > 1 else 0
         return min(request.computed, len(request.tokens))
 
-    def _commit_tail(self, request: Request) -> None:
+    def _commit_tail(self, request: Request) -> Node | None:
+        """Puts the tokens of a last, unfilled page into the tree. The new node if there is one."""
         pages: Pages = request.pages
         done = len(pages.nodes)
         key = pack(request.tokens[done * self.page_size : self._shareable(request)])
         parent = pages.nodes[-1] if pages.nodes else pages.top
         if parent is None or not key or self.tree.covers(parent, key):
-            return
+            return None
         held = [table[done] for table in pages.tables]
         if not any(held):  # behind every window
-            return
-        self.tree.insert(parent, key, held)
+            return None
+        tail = self.tree.insert(parent, key, held)
         for table in pages.tables:
             table[done] = 0
+        return tail
 
     def _set_capacity(self, pages: Pages) -> None:
         pages.capacity = min(map(len, pages.tables)) * self.page_size

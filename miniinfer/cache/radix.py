@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import inf
 
 from miniinfer.cache.pool import PagePool
 
@@ -31,7 +33,7 @@ class Node:
     `users`: requests whose path runs through it; protects the node and its pages of full-attention kinds.
     `refs[k]`: requests that read its page of sliding kind k; a sliding page may go while the node stays (pages[k] becomes 0)."""
 
-    __slots__ = ("children", "digest", "key", "keys", "pages", "parent", "refs", "users")
+    __slots__ = ("children", "digest", "keep_until", "key", "keys", "pages", "parent", "refs", "users")
 
     def __init__(self, parent: Node | None, key: bytes, pages: list[int]) -> None:
         self.parent = parent
@@ -39,6 +41,7 @@ class Node:
         self.digest: int = 0 if parent is None else hash((parent.digest, key))  # of the whole path; it outlives the node in the list of the evicted
         self.pages = pages  # per kind, 0 = none
         self.users = 0
+        self.keep_until = 0.0  # time before which others are evicted first; never earlier than a descendant's
         self.refs = [0] * len(pages)
         self.children: dict[bytes, Node] = {}
         self.keys: list[bytes] = []  # the children's keys, sorted: the longest common prefix is with a neighbour
@@ -61,28 +64,49 @@ def _common_tokens(a: bytes, b: bytes) -> int:
 
 
 class LRU:
-    """Eviction policy: least recently released first.
+    """Eviction policy: least recently released first, and nodes that are to be kept for a while only after all others.
 
     A policy must never name an idle node before its idle descendants. LRU keeps that by itself, because whoever uses a node uses its
-    ancestors too, and lets go of them later (paths are released from the end)."""
+    ancestors too, and lets go of them later (paths are released from the end); and a node is kept as long as any below it."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[Node, None] = OrderedDict()
+        self._kept: OrderedDict[Node, None] = OrderedDict()
+        self._now, self._next = 0.0, inf  # the time, and when the first of the kept is due
+
+    def tick(self, now: float) -> None:
+        """It is `now`: what need not be kept any longer is like all others, as if released now."""
+        self._now = now
+        if now < self._next:
+            return
+        for node in [node for node in self._kept if node.keep_until <= now]:
+            del self._kept[node]
+            self._order[node] = None
+        self._next = min((node.keep_until for node in self._kept), default=inf)
 
     def add(self, node: Node) -> None:
-        self._order[node] = None
+        if node.keep_until > self._now:
+            self._kept[node] = None
+            self._next = min(self._next, node.keep_until)
+        else:
+            self._order[node] = None
 
     def discard(self, node: Node) -> None:
         self._order.pop(node, None)
+        self._kept.pop(node, None)
 
     def pop(self) -> Node:
-        return self._order.popitem(last=False)[0]
+        return (self._order or self._kept).popitem(last=False)[0]
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._order) + len(self._kept)
 
     def __iter__(self) -> Iterator[Node]:
-        return iter(self._order)
+        return chain(self._order, self._kept)
 
 
 @dataclass(slots=True)
@@ -188,6 +212,18 @@ class RadixTree:
             if node.pages:  # a namespace holds none, so it is never evicted, only pruned
                 self.idle.add(node)
             self._prune(node)
+
+    def keep(self, node: Node, until: float) -> None:
+        """Has an idle node, of which no ancestor may be kept for less, evicted after others until then."""
+        node.keep_until = max(node.keep_until, until)
+        for order in (self.idle, *(self.idle_pages[k] for k in self.sliding if node.pages[k])):
+            order.discard(node)
+            order.add(node)
+
+    def tick(self, now: float) -> None:
+        """Tells the time, by which kept nodes cease to be."""
+        for order in (self.idle, *self.idle_pages.values()):
+            order.tick(now)
 
     def hold(self, node: Node, kind: int) -> None:
         """Protects a node's page of a sliding kind."""

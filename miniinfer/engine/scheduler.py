@@ -77,6 +77,7 @@ class Scheduler:
         self._planned: dict[int, list[Request]] = {}  # per step in flight, aligned with the plan's rows
         self._steps = 0
         self._arrivals = 0
+        self._now = 0.0
         self._blocked: tuple[Request, int, list[int]] | None = None  # head that did not fit, step, pages available then
         self._counts = {"finished": 0, "preemptions": 0, "prompt_tokens": 0, "generated_tokens": 0}
 
@@ -162,7 +163,8 @@ class Scheduler:
         """Frees everything a request has. A step in flight may still compute for it: its result is dropped, and its writes are done
         before any later plan's (see cache/manager.py). The caller drops finished requests from the running list."""
         if request.status is Status.RUNNING:
-            self._give_back(request)
+            seconds = 0.0 if aborted else request.params.keep_cache_seconds
+            self._give_back(request, self._now + seconds if seconds else 0.0)
         elif request in self._preparing:
             self._preparing.remove(request)
         else:
@@ -174,8 +176,8 @@ class Scheduler:
         self._leave_group(request, aborted)
         self._counts["finished"] += 1
 
-    def _give_back(self, request: Request) -> None:
-        self.cache.release(request)
+    def _give_back(self, request: Request, keep_until: float = 0.0) -> None:
+        self.cache.release(request, keep_until)
         heapq.heappush(self._rows, request.row)
         request.row = -1
 
@@ -189,6 +191,9 @@ class Scheduler:
         of `add`, newcomers learn how long they have waited."""
         if self._preparing:
             self._end_preparing()
+        if now is not None:
+            self._now = now
+            self.cache.tick(now)
         plan = StepPlan(self._steps, [], [], [], [], [], [], [])
         preemptions = self._counts["preemptions"]
         work = self._plan_running(plan.page_entries)

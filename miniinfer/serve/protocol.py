@@ -166,6 +166,7 @@ class Sampling(Strict):
     timeout: float | None = Field(None, gt=0, le=604800, description="seconds after which the request ends with an error")
     cache_salt: str = Field("", max_length=256)
     keep_cache_seconds: float | None = None
+    keep_cache_seconds: float | None = None
     return_token_ids: bool = False
     explain_cache: bool = False
     response_format: Annotated[Any, WithJsonSchema(structured.SCHEMAS["response_format"])] = None

@@ -450,3 +450,34 @@ def test_the_memory_of_evictions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         b.run(seq(start, S))
     b.cache.reset()
     assert [why(b, seq(start, S))[1] for start in (0, 100, 200, 300)] == ["never_seen", "evicted", "evicted", "evicted"]
+
+
+def test_kept_prefixes_go_last_until_their_time() -> None:
+    """A finished request's hint protects its whole path from eviction by newcomers, for its time, and never refuses anybody pages."""
+    cache = CacheManager((0,), [1 + 8], 4, True)
+    now = 0.0
+
+    def play(tokens: list[int], keep: float = 0.0) -> int:
+        """Runs a request of these tokens to its end; how many it found cached."""
+        r = Request("r", len(tokens), tokens, SamplingParams(), 0, 99, frozenset(), (0.0, 0), row=0)
+        assert cache.admit(r, 99, 0, [], [])
+        found = r.computed
+        r.computed = len(tokens)
+        cache.end_plan()
+        cache.release(r, now + keep if keep else 0.0)
+        cache.check([])
+        return found
+
+    kept, other = list(range(100, 110)), list(range(200, 210))
+    play(kept, keep=10.0)
+    play(other)
+    for base in (300, 400, 500):  # each takes three of eight pages
+        play(list(range(base, base + 12)))
+    assert play([*kept, 1]) == 10 and play([*other, 1]) == 0
+    assert play(list(range(600, 632))) == 0, "kept pages give way when there are no others"
+    play(kept, keep=10.0)
+    now = 11.0
+    cache.tick(now)
+    for base in (700, 800, 900):
+        play(list(range(base, base + 12)))
+    assert play([*kept, 1]) == 0

@@ -201,6 +201,7 @@ class Run:
             seed=rng.choice([0, 1, None, rng.randrange(2**62)]),
             logprobs=rng.choice([None, None, 0, 2]),
             prompt_logprobs=rng.choice([None] * 5 + [0]),
+            keep_cache_seconds=rng.choice([0.0, 0.0, 5.0, 60.0]),
         )
 
     def add(self) -> None:
@@ -233,7 +234,7 @@ class Run:
 
     def step(self) -> None:
         """One turn of the loop in engine/core.py: at depth 1 the next plan is made and executed before a result is applied."""
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.now)
         assert plan is not None or self.pending or not self.scheduler.has_work, "stalled with work to do"
         if plan is not None:
             assert plan.num_tokens <= self.budget and plan.rows
@@ -343,4 +344,4 @@ def test_random_requests_deterministic(kinds: tuple[int, ...]) -> None:
 def _check_trouble(totals: Counter[str], kinds: tuple[int, ...]) -> None:
     """The test is worth nothing unless it gets into trouble."""
     assert totals["steps"] > 500 and totals["finished"] > 150 and (totals["preemptions"] > 0 or kinds == (1, 9))
-    assert totals["prefix_hits"] > 50 and totals["evicted_pages"] > 50 and totals["copied"] > 5
+    assert totals["prefix_hits"] > 50 and totals["evicted_pages"] > 50 and totals["copied"] > 2
