@@ -1,4 +1,4 @@
-"""The ASGI application: every API's routes, the server's own, and every error in OpenAI's shape. Owns their assembly."""
+"""The ASGI application: every API's routes, the server's own, and every error in its API's shape. Owns their assembly."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from miniinfer import __version__
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.serve import (
+    anthropic,
     loads,
     openai,
     responses,
@@ -40,7 +41,8 @@ def build_app(service: Service) -> FastAPI:
         if shown.status == 404 and isinstance(error, HTTPException):
             shown.message = f"there is no {http.url.path} here"
         service.metrics.refused[str(shown.status)] += 1
-        return Response(shown.body(), shown.status, shown.headers, "application/json")
+        body = next((shape(shown) for prefix, shape in _SHAPES if http.url.path.startswith(prefix)), shown).body()
+        return Response(body, shown.status, shown.headers, "application/json")
 
     for kind in (ApiError, RequestValidationError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
@@ -59,6 +61,7 @@ def build_app(service: Service) -> FastAPI:
         openai.router(service),
         responses.router(service),
         tokens.router(service),
+        anthropic.router(service),
         loads.router(service),
         control,
     )
@@ -67,6 +70,9 @@ def build_app(service: Service) -> FastAPI:
     app.include_router(_state(service))
     app.include_router(web.router())
     return app
+
+
+_SHAPES = (("/v1/messages", anthropic.AnthropicError),)  # paths whose errors are not in OpenAI's shape
 
 
 def _as_refusal(error: RequestValidationError) -> ApiError:
