@@ -416,10 +416,31 @@ class ServerConfig:
     host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = opt(8000, "port to listen on")
     served_model_name: str | None = opt(None, "model name in the API (the folder's or hub name if not given)")
-    api_key: str | None = opt(None, "clients must send this as a bearer token")
+    api_key: list[str] | None = opt(None, "clients must send this key, or one of several: give the option again, or a list with commas")
+    api_keys_file: str | None = opt(None, "TOML or JSON file of keys, with a name and perhaps rates and a priority for each")
+    cors_origin: list[str] | None = opt(None, "origin whose web pages may call the API ('*': any); may be given again")
     chat_template: str | None = opt(None, "file with a jinja chat template, instead of the checkpoint's")
+    tool_call_parser: str = opt("auto", "how the model writes tool calls (hermes, qwen3_coder, llama3_json, mistral, ...), or none; auto asks the template")
+    reasoning_parser: str = opt("auto", "how the model marks its reasoning (think, mistral, harmony), or none; auto asks the template")
     max_waiting: int = opt(2048, "requests accepted but unfinished; above it a request gets 429")
+    max_waiting_tokens: int = opt(8 << 20, "tokens of unfinished requests, prompts and most output together; above it a request gets 429")
+    max_connections: int = opt(4096, "open connections; above it the one that has been idle longest is closed")
     max_body_mib: int = opt(16, "largest request body, MiB; above it a request gets 413")
     log_level: str = opt("info", "how much is logged", ("debug", "info", "warning", "error"))
     log_format: str = opt("text", "lines for people, or JSON objects for programs", ("text", "json"))
     otlp_endpoint: str | None = opt(None, "OpenTelemetry collector (OTLP over HTTP) that gets a span for each request; needs miniinfer[otel]")
+
+    def __post_init__(self) -> None:
+        given = [self.api_key] if isinstance(self.api_key, str) else self.api_key or []
+        keys = [key.strip() for text in given for key in text.split(",")]
+        if not all(key and key.isascii() and key.isprintable() for key in keys):
+            raise ConfigError("api_key: a key must be printable ASCII and must not be empty")
+        object.__setattr__(self, "api_key", list(dict.fromkeys(keys)) or None)
+        for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_body_mib"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def guarded(self) -> bool:
+        """Does the API ask for a key."""
+        return self.api_key is not None or self.api_keys_file is not None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -21,6 +22,7 @@ from miniinfer.serve import (
     tokens,
     web,
 )
+from miniinfer.serve.admission import Guard
 from miniinfer.serve.answers import encode
 from miniinfer.serve.metrics import CONTENT_TYPE, render
 from miniinfer.serve.protocol import ApiError
@@ -32,7 +34,6 @@ from miniinfer.serve.service import Service, as_api_error
 def build_app(service: Service) -> FastAPI:
     """The application over one service."""
     app = FastAPI(openapi_url=None)
-    app.add_middleware(Recorder, sinks=service.sinks)
 
     async def on_error(http: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
@@ -46,10 +47,15 @@ def build_app(service: Service) -> FastAPI:
 
     for kind in (ApiError, RequestValidationError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
+    app.add_middleware(Guard, keys=service.keys, refuse=on_error)
+    if service.config.cors_origin:  # outside the guard: a browser's question whether it may ask carries no key
+        exposed = ["x-request-id", "retry-after"]
+        app.add_middleware(CORSMiddleware, allow_origins=service.config.cors_origin, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+    app.add_middleware(Recorder, sinks=service.sinks)
 
     @cache
     def document() -> bytes:
-        return encode(openapi(app, service.engine.info.get("vocab_size"), service.config.api_key is not None))
+        return encode(openapi(app, service.engine.info.get("vocab_size"), service.config.guarded))
 
     control = _control(service)
 
@@ -66,7 +72,7 @@ def build_app(service: Service) -> FastAPI:
         control,
     )
     for routes in closed:
-        app.include_router(routes, dependencies=[Depends(service.authorize)])
+        app.include_router(routes)
     app.include_router(_state(service))
     app.include_router(web.router())
     return app

@@ -20,6 +20,8 @@ import uvloop
 
 from miniinfer.config import ConfigError, EngineConfig, ServerConfig, read_generation_config
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
+from miniinfer.serve.auth import load_keys
+from miniinfer.serve.parsers import choose
 from miniinfer.utils import setup_logging
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from generation_config.json
@@ -30,6 +32,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
     Raises ConfigError for what the user can mend: a port in use, a model that cannot be loaded, a template that cannot be read."""
     setup_logging(server.log_level, server.log_format)
+    choose(server.tool_call_parser, server.reasoning_parser, "", "")  # an unknown name should be known at once
+    load_keys(server)  # a mistake in them should be known at once
     if server.otlp_endpoint is not None:
         from miniinfer.serve import tracing
 

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from miniinfer import __version__
+from miniinfer.serve.admission import is_open
 
 _REFERENCES = "#/components/schemas/{model}"
 _TOKEN = "x-token-id"  # marks a schema of token ids until the vocabulary is known
@@ -97,13 +98,10 @@ def openapi(app: FastAPI, vocab_size: int | None, key_needed: bool) -> dict[str,
     if key_needed:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for name, path in document["paths"].items():
-            if name not in OPEN_PATHS:
+            if not is_open(name):
                 for operation in path.values():
                     operation["security"] = [{"key": []}]
     return document
-
-
-OPEN_PATHS = frozenset(("/live", "/ready", "/health", "/version", "/metrics"))  # what the server says of itself to whoever asks
 
 
 def _contents(operation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def greeting(service: Service, listener: socket.socket) -> str:
         path, body = "chat/completions", body | {"messages": [{"role": "user", "content": "Hello! What are you?"}]}
     else:
         path, body = "completions", body | {"prompt": "Once upon a time"}
-    key = "" if service.config.api_key is None else " -H 'Authorization: Bearer YOUR-KEY'"
+    key = "" if not service.config.guarded else " -H 'Authorization: Bearer YOUR-KEY'"
     curl = f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     return f"{service.model} is ready at {url} (Ctrl+C stops it). Try:\n  {curl}"
 

@@ -7,7 +7,6 @@ routes are the APIs' (openai.py and its neighbours), put together in app.py.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -21,9 +20,12 @@ from starlette.types import Receive, Scope, Send
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
+from miniinfer.serve.admission import Admission, caller, deadline_seconds
 from miniinfer.serve.answers import Answer, Prompt
+from miniinfer.serve.auth import load_keys
 from miniinfer.serve.logs import log_request
 from miniinfer.serve.metrics import Metrics, Timer
+from miniinfer.serve.parsers import Formats, choose
 from miniinfer.serve.protocol import ApiError, parse
 from miniinfer.serve.record import Sink
 from miniinfer.serve.tracing import Tracer
@@ -48,6 +50,9 @@ class Service:
             self.sinks.append(Tracer(config.otlp_endpoint))
         self.created = int(time.time())
         self.draining = False
+        self.admission = Admission(config)
+        self.keys = load_keys(config)
+        self._late: set[str] = set()  # those of them whose deadline has passed
         self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
 
     async def control(self, command: str) -> Response:
@@ -58,16 +63,6 @@ class Service:
             raise
         except RuntimeError as e:
             raise ApiError(400, str(e).removeprefix("ValueError: ")) from None
-
-    async def authorize(self, http: Request) -> None:
-        if self.config.api_key is None:
-            return
-        scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        if not key and (own := http.headers.get("x-api-key")):  # where Anthropic's clients put it
-            scheme, key = "bearer", own
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.config.api_key.encode()):
-            headers = {"www-authenticate": "Bearer"}
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key", headers=headers)
 
     @property
     def unfinished(self) -> int:
@@ -93,18 +88,12 @@ class Service:
         return request
 
     def admit(self, prompts: int) -> None:
-        """Room for so many more prompts? ApiError 503 or 429 if not."""
+        """Does the server take so many more prompts? ApiError 503 or 429 if not."""
         if self.draining:
             raise ApiError(503, _DRAINING)
         if not self.engine.is_alive:
             raise ApiError(503, "the engine has died")
-        limit = self.config.max_waiting
-        if prompts > limit:
-            raise ApiError(400, f"prompt: {prompts} prompts in one request, the server takes at most {limit}", param="prompt")
-        if self.unfinished + max(prompts, 1) > limit:
-            raise ApiError(
-                429, f"{self.unfinished} requests are unfinished; try again later", code="rate_limit_exceeded", headers={"retry-after": "1"}
-            )
+        self.admission.check(max(prompts, 1))
 
     def check_model(self, name: str) -> None:
         if name != self.model:
@@ -119,6 +108,13 @@ class Service:
             return await self.engine.encode(text, add_special_tokens)
         except ValueError as e:
             raise ApiError.from_value_error(e, field) from None
+
+    @property
+    def formats(self) -> Formats:
+        """How the model writes tool calls and reasoning."""
+        tokenizer, config = self.engine.tokenizer, self.config
+        templates = "".join(template.text for template in tokenizer.chat_templates.values()) if tokenizer else ""
+        return choose(config.tool_call_parser, config.reasoning_parser, templates, str(self.engine.info.get("family", "")))
 
     async def chat_prompt(
         self,
@@ -137,7 +133,7 @@ class Service:
             text = tokenizer.render_chat(messages, tools, add_generation_prompt, **(template_kwargs or {}))
         except ValueError as e:
             raise ApiError.from_value_error(e, "messages") from None
-        return Prompt(await self.encode(text, add_special_tokens, "messages"))
+        return Prompt(await self.encode(text, add_special_tokens, "messages"), text, formats=self.formats)
 
     def check_length(self, prompt: Prompt, max_tokens: int | None) -> None:
         limit, length = self.engine.info["max_model_len"], len(prompt.token_ids)
@@ -178,14 +174,20 @@ class Service:
         """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
         request, count = answer.request, len(answer.prompts)
         self.admit(count)
+        output = None if params.max_tokens is None else params.n * params.max_tokens
+        client, priority = caller.get().client, request.priority
+        if client is not None:  # a key's priority is not for its holder to better
+            priority = client.priority + max(0, priority)
+        ticket = self.admission.enter([len(p.token_ids) for p in answer.prompts], output, client)
         timer, end = Timer(self.metrics, answer.id, [len(p.token_ids) for p in answer.prompts], len(answer.choices), params), "error"
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
         numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)
         sources = [
-            self.engine.generate(prompt.token_ids, params, request_id, request.priority, request.cache_salt, delta=True)
+            self.engine.generate(prompt.token_ids, params, request_id, priority, request.cache_salt, delta=True)
             for request_id, prompt in zip(ids, answer.prompts, strict=True)
         ]
+        deadline = self._at_deadline(ids, getattr(request, "timeout", None))
         try:
             async with aclosing(sources[0] if count == 1 else _merge(sources)) as merged:
                 async for item in merged:
@@ -199,7 +201,7 @@ class Service:
                         timer.admitted(number, item.admission.queued)
                     for delta in item.outputs:
                         if delta.finish_reason == "abort":
-                            raise ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
+                            raise self._aborted(ids)
                         delta.index += number * answer.n
                         timer.update(delta.index, delta)
                     yield item
@@ -209,8 +211,31 @@ class Service:
             end = "abort"
             raise
         finally:
+            if deadline is not None:
+                deadline.cancel()
             self._open.difference_update(ids)
+            self._late.difference_update(ids)
+            ticket.leave(answer.completion_tokens)
             timer.close(end, sum(p.cached_tokens for p in answer.prompts))
+
+    def _at_deadline(self, ids: list[str], timeout: float | None) -> asyncio.TimerHandle | None:
+        """Ends a request when its own time is over: the body's, from now on, or the head's, from the head on."""
+
+        def end() -> None:
+            self._late.update(ids)
+            for request_id in ids:
+                self.engine.abort(request_id)
+
+        loop = asyncio.get_running_loop()
+        seconds, head = deadline_seconds(timeout), caller.get().deadline
+        times = [at for at in (head, None if seconds is None else loop.time() + seconds) if at is not None]
+        return loop.call_at(min(times), end) if times else None
+
+    def _aborted(self, ids: list[str]) -> ApiError:
+        """What a request hears that did not end by itself."""
+        if not self._late.isdisjoint(ids):
+            return ApiError(408, "the request's own time limit (timeout or x-request-timeout) has passed", code="timeout")
+        return ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
 
 
 class EventStream(StreamingResponse):

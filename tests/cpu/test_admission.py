@@ -61,9 +61,9 @@ def every_route(router: Any) -> Iterator[Any]:
 def test_with_a_key_every_route_but_health_asks_for_it() -> None:
     with Server(FakeEngine(None), api_key=KEY) as server:
         walked: set[str] = set()
-        for route in build_app(server.api).routes:
-            path = getattr(route, "path", "").replace("{name}", "index.html").replace(":path}", "}").replace("{", "").replace("}", "")
-            for method in getattr(route, "methods", None) or {"GET"}:
+        for route in every_route(build_app(server.api)):
+            path = route.path.replace("{name}", "index.html").replace(":path}", "}").replace("{", "").replace("}", "")
+            for method in route.methods:
                 status = ask(server, method, path, {})[0]
                 assert (status == 401) == (not is_open(path)), f"{method} {path}: {status}"
                 walked.add(route.path)

@@ -94,14 +94,17 @@ def test_a_signal_while_loading_ends_the_process(folder: Path, tmp_path: Path) -
     assert process.returncode in (0, 130) and "Traceback" not in error
 
 
-def test_a_killed_engine_is_reported(own: ServerProcess) -> None:
-    client = Streaming(own, 500)
-    children = subprocess.run(["pgrep", "-P", str(own.process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    client.join(10)
-    assert "died" in client.error
-    assert own.get("/health")[0] == 503 and own.get("/live")[0] == 200
-    with pytest.raises(openai.InternalServerError) as dead:
-        own.client().completions.create(model="mine", prompt="x")
-    assert dead.value.status_code == 503
-    assert own.stop(signal.SIGTERM) == 0
+def test_an_engine_that_died_for_good_is_reported(folder: Path, tmp_path: Path) -> None:
+    own = ServerProcess(folder, tmp_path / "server.log", "--served-model-name", "mine", "--max-engine-restarts", "0")
+    try:
+        client = Streaming(own, 500)
+        os.kill(own.engine_pid(), signal.SIGKILL)
+        client.join(10)
+        assert "died" in client.error
+        assert own.get("/health")[0] == 503 and own.get("/live")[0] == 200
+        with pytest.raises(openai.InternalServerError) as dead:
+            own.client().completions.create(model="mine", prompt="x")
+        assert dead.value.status_code == 503
+        assert own.stop(signal.SIGTERM) == 0
+    finally:
+        own.close()
