@@ -1,8 +1,8 @@
 """`miniinfer bench serving`: load on any OpenAI-compatible server, and the latencies that its clients see.
 
-Owns the load (open loop at a Poisson rate, or a fixed number of clients), the HTTP client and the percentiles. Every request streams; times
-are taken when bytes arrive. The client is asyncio's streams with httptools' parser, the one that uvicorn uses, so that it stays cheap
-beside a server on the same machine.
+Owns the load (open loop at a rate or at a trace's times, or a fixed number of clients), the HTTP client and the percentiles. Requests from
+files are traces.py's, plots plot.py's. Every request streams; times are taken when bytes arrive. The client is asyncio's streams with httptools'
+parser, the one that uvicorn uses, so that it stays cheap beside a server on the same machine.
 
 TTFT: request sent to first text. TPOT: (last text - first text) / (output tokens - 1). ITL: gap between two pieces of text. E2E: to the end.
 """
@@ -18,12 +18,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
 import uvloop
 
+from miniinfer.bench import plot, traces
 from miniinfer.config import ConfigError, opt
 
 WORDS = (
@@ -41,8 +43,10 @@ class ServingBench:
     model: str | None = opt(None, "model name (the first that the server lists)")
     api_key: str | None = opt(None, "bearer token")
     endpoint: str = opt("completions", "completions or chat", ("completions", "chat"))
-    num_requests: int = opt(200, "requests in all")
+    num_requests: int | None = opt(None, "requests in all (200, or as many as the dataset has)")
+    dataset: str | None = opt(None, "JSONL file of conversations, prompts or a trace with times, instead of random prompts: see bench/traces.py")
     rate: float | None = opt(None, "open loop: requests started per second, Poisson-distributed, whatever the server does")
+    burstiness: float = opt(1.0, "shape of the gaps between arrivals: 1 = Poisson, less = bursts, more = even")
     concurrency: int | None = opt(None, "closed loop: clients, each with one request at a time (16, if no rate is given)")
     input_len: str = opt("100:1024", "prompt length, or shortest:longest")
     output_len: str = opt("100:1024", "output tokens, or fewest:most")
@@ -51,12 +55,15 @@ class ServingBench:
     temperature: float = opt(0.6, "sampling temperature")
     timeout: float = opt(600.0, "seconds after which a request counts as failed")
     seed: int = opt(0, "seed of lengths, prompts and arrivals")
+    slo: str | None = opt(None, "objectives in ms, such as ttft=200,tpot=20 (or e2e): goodput counts the requests that meet them all")
+    result: str | None = opt(None, "file for the result, with every request's times, as JSON")
+    plot: str | None = opt(None, "file for plots of the latencies and of the load over time, as SVG")
     json: bool = opt(False, "print the JSON line only")
 
     def __post_init__(self) -> None:
         if self.rate is not None and self.concurrency is not None:
             raise ConfigError("rate and concurrency exclude each other: an open loop starts requests whatever the server does")
-        for name, least in (("num_requests", 1), ("concurrency", 1), ("rate", 1e-9), ("timeout", 1e-9), ("temperature", 0)):
+        for name, least in (("num_requests", 1), ("concurrency", 1), ("rate", 1e-9), ("burstiness", 1e-9), ("timeout", 1e-9), ("temperature", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}: must be {'positive' if least else '0 or more'}, got {value}")
@@ -64,6 +71,11 @@ class ServingBench:
             raise ConfigError("prompt: a chat takes no token ids; use --endpoint completions")
         for name in ("input_len", "output_len"):
             lengths(name, getattr(self, name))
+        objectives(self.slo)
+        for name in ("result", "plot"):
+            folder = Path(getattr(self, name) or ".").parent
+            if not folder.is_dir():
+                raise ConfigError(f"{name}: there is no folder {folder}")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise ConfigError(f"url: expected http://host:port or https://..., got {self.url!r}")
 
@@ -77,6 +89,20 @@ def lengths(name: str, text: str) -> tuple[int, int]:
     if not 1 <= low <= high:
         raise ConfigError(f"{name}: expected a length or shortest:longest, got {text!r}")
     return low, high
+
+
+def objectives(text: str | None) -> dict[str, float]:
+    """ "ttft=200,tpot=20" as milliseconds by latency."""
+    found: dict[str, float] = {}
+    for part in (text or "").split(",") if text is not None else ():
+        name, _, value = part.strip().partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = 0.0
+        if name not in ("ttft", "tpot", "e2e") or not 0 < found[name] < float("inf"):
+            raise ConfigError(f"slo: expected ttft=MS, tpot=MS or e2e=MS, separated by commas, got {part.strip()!r}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- HTTP
@@ -171,6 +197,14 @@ class Timing:
     output_tokens: int = 0
     error: str | None = None
 
+    def latency(self, name: str) -> float | None:
+        """Seconds of "ttft", "tpot" or "e2e"; None where there is none."""
+        if name == "ttft":
+            return self.texts[0] - self.sent if self.texts else None
+        if name == "tpot":
+            return (self.texts[-1] - self.texts[0]) / (self.output_tokens - 1) if self.output_tokens > 1 and self.texts else None
+        return self.ended - self.sent
+
     def note(self, event: dict[str, Any], now: float) -> None:
         """Takes in one event of the stream."""
         choice = (event.get("choices") or [{}])[0]
@@ -185,26 +219,47 @@ class Load:
     """The requests, drawn from the seed, and what became of them."""
 
     def __init__(self, bench: ServingBench, model: str) -> None:
-        self.bench = bench
+        self.bench, self.model = bench, model
         self.base = base_url(bench.url)
         rng = random.Random(bench.seed)
-        shortest, longest = lengths("input_len", bench.input_len)
-        fewest, most = lengths("output_len", bench.output_len)
-        self.bodies = [self._body(rng, model, rng.randint(shortest, longest), rng.randint(fewest, most)) for _ in range(bench.num_requests)]
-        self.gaps = [rng.expovariate(bench.rate) if bench.rate else 0.0 for _ in self.bodies]
+        self.items = self._drawn(rng) if bench.dataset is None else self._read(bench.dataset)
+        self.bodies = [self._body(item) for item in self.items]
+        self.gaps = [rng.gammavariate(bench.burstiness, 1 / (bench.rate * bench.burstiness)) if bench.rate else 0.0 for _ in self.bodies]
+        self.timed = self.items[0].at is not None and bench.rate is None and bench.concurrency is None
+        if self.timed:
+            times = [item.at or 0.0 for item in self.items]
+            self.gaps = [after - before for before, after in zip([0.0, *times], times, strict=False)]
 
-    def _body(self, rng: random.Random, model: str, size: int, output: int) -> bytes:
-        bench = self.bench
-        body: dict[str, Any] = {"model": model, "max_tokens": output, "temperature": bench.temperature, "stream": True}
+    def _drawn(self, rng: random.Random) -> list[traces.Item]:
+        """Random prompts, of random lengths."""
+        shortest, longest = lengths("input_len", self.bench.input_len)
+        fewest, most = lengths("output_len", self.bench.output_len)
+        items = []
+        for _ in range(self.bench.num_requests or 200):
+            size, output = rng.randint(shortest, longest), rng.randint(fewest, most)
+            if self.bench.prompt == "tokens":
+                items.append(traces.Item([rng.randrange(256, 4096) for _ in range(size)], output))  # ids that every vocabulary has
+            else:
+                items.append(traces.Item(" ".join(rng.choices(WORDS, k=size)), output))
+        return items
+
+    def _read(self, path: str) -> list[traces.Item]:
+        items = traces.read(path, WORDS, self.bench.prompt == "tokens", self.bench.num_requests)
+        if self.bench.endpoint == "chat" and any(isinstance(item.prompt, list) and isinstance(item.prompt[0], int) for item in items):
+            raise ConfigError(f"endpoint: {path} has prompts of token ids, which a chat does not take; use --endpoint completions")
+        return items
+
+    def _body(self, item: traces.Item) -> bytes:
+        bench, prompt = self.bench, item.prompt
+        body: dict[str, Any] = {"model": self.model, "max_tokens": item.output, "temperature": bench.temperature, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if bench.ignore_eos:
             body["ignore_eos"] = True
-        if bench.prompt == "tokens":
-            body["prompt"] = [rng.randrange(256, 4096) for _ in range(size)]  # ids that every vocabulary has
-        elif bench.endpoint == "completions":
-            body["prompt"] = " ".join(rng.choices(WORDS, k=size))
+        messages = prompt if isinstance(prompt, list) and isinstance(prompt[0], dict) else None
+        if bench.endpoint == "chat":
+            body["messages"] = messages or [{"role": "user", "content": prompt}]
         else:
-            body["messages"] = [{"role": "user", "content": " ".join(rng.choices(WORDS, k=size))}]
+            body["prompt"] = prompt if messages is None else "\n\n".join(str(message["content"]) for message in messages)
         return json.dumps(body).encode()
 
     async def one(self, body: bytes) -> Timing:
@@ -234,7 +289,7 @@ class Load:
             done()
             return timing
 
-        if self.bench.rate:
+        if self.bench.rate or self.timed:
             tasks = []
             due = time.perf_counter()
             for body, gap in zip(self.bodies, self.gaps, strict=True):
@@ -271,21 +326,20 @@ def percentile(values: Iterable[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def summary(timings: list[Timing]) -> dict[str, Any]:
-    """Throughput in tokens and requests per second; latencies in milliseconds, as mean, p50, p90, p99; errors by message."""
+def summary(timings: list[Timing], slo: dict[str, float] | None = None) -> dict[str, Any]:
+    """Throughput in tokens and requests per second; latencies in milliseconds, as mean, p50, p90, p99; errors by message.
+
+    With objectives (ms), goodput: requests per second, and their share of all, that ended without an error and met every objective."""
     good = [t for t in timings if t.error is None]
     seconds = max(t.ended for t in timings) - min(t.sent for t in timings)
-    kinds = {
-        "ttft_ms": [t.texts[0] - t.sent for t in good],
-        "tpot_ms": [(t.texts[-1] - t.texts[0]) / (t.output_tokens - 1) for t in good if t.output_tokens > 1],
-        "itl_ms": [b - a for t in good for a, b in zip(t.texts, t.texts[1:], strict=False)],
-        "e2e_ms": [t.ended - t.sent for t in good],
-    }
+    kinds = {f"{name}_ms": [value for t in good if (value := t.latency(name)) is not None] for name in ("ttft", "tpot")}
+    kinds["itl_ms"] = [b - a for t in good for a, b in zip(t.texts, t.texts[1:], strict=False)]
+    kinds["e2e_ms"] = [t.ended - t.sent for t in good]
     latencies = {
         name: {"mean": _ms(sum(values) / len(values)), **{f"p{p}": _ms(percentile(values, p)) for p in (50, 90, 99)}} if values else None
         for name, values in kinds.items()
     }
-    return {
+    figures: dict[str, Any] = {
         "requests": len(timings),
         "errors": len(timings) - len(good),
         "error_kinds": dict(Counter(t.error for t in timings if t.error is not None).most_common(5)),
@@ -295,6 +349,10 @@ def summary(timings: list[Timing]) -> dict[str, Any]:
         "output_tok_per_s": round(sum(t.output_tokens for t in good) / seconds, 1),
         **latencies,
     }
+    if slo:
+        met = sum(all((value := t.latency(name)) is None or value * 1e3 <= limit for name, limit in slo.items()) for t in good)
+        figures["goodput"] = {"slo_ms": slo, "requests_per_s": round(met / seconds, 3), "share": round(met / len(timings), 4)}
+    return figures
 
 
 def _ms(seconds: float) -> float:
@@ -311,25 +369,72 @@ async def _main(bench: ServingBench) -> int:
 
     model = bench.model or await first_model(bench)
     load = Load(bench, model)
-    bar = tqdm(total=bench.num_requests, unit="req", disable=bench.json or None)  # None: shown on a terminal only
+    bar = tqdm(total=len(load.bodies), unit="req", disable=bench.json or None)  # None: shown on a terminal only
     timings = await load.run(bar.update)
     bar.close()
-    figures = summary(timings)
+    figures = summary(timings, objectives(bench.slo))
     if not bench.json:
-        loop = f"{bench.rate:g} requests/s" if bench.rate else f"{bench.concurrency or 16} clients"
-        print(f"{model} at {load.base}: {bench.num_requests} requests, {loop}, {figures['errors']} errors, {figures['seconds']:.1f} s")
-        print(
-            f"{figures['requests_per_s']:.2f} requests/s, {figures['prompt_tok_per_s']:,.0f} tok/s in, {figures['output_tok_per_s']:,.0f} tok/s out"
-        )
-        print(f"{'ms':6}" + "".join(f"{column:>12}" for column in ("mean", "p50", "p90", "p99")))
-        for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
-            if figures[name]:
-                print(f"{name[:-3].upper():6}" + "".join(f"{value:12,.2f}" for value in figures[name].values()))
-        for message, count in figures["error_kinds"].items():
-            print(f"{count} x {message}")
-    settings = {name: getattr(bench, name) for name in ("url", "endpoint", "rate", "concurrency", "input_len", "output_len", "prompt", "seed")}
-    print(json.dumps({"bench": "serving", "model": model, **settings, **figures}))
-    return 1 if figures["errors"] == bench.num_requests else 0
+        _print(load, figures)
+    names = ("url", "endpoint", "dataset", "rate", "burstiness", "concurrency", "input_len", "output_len", "prompt", "seed")
+    last = {"bench": "serving", "model": model, **{name: getattr(bench, name) for name in names}, **figures}
+    if bench.result is not None:
+        Path(bench.result).write_text(json.dumps({**last, "each": _each(timings)}) + "\n", encoding="utf-8")
+    if bench.plot is not None:
+        Path(bench.plot).write_text(plots(f"{model}: {_loop(load)}", timings, objectives(bench.slo)), encoding="utf-8")
+    print(json.dumps(last))
+    return 1 if figures["errors"] == len(timings) else 0
+
+
+def _loop(load: Load) -> str:
+    bench = load.bench
+    if load.timed:
+        return f"{len(load.bodies)} requests at their trace's times"
+    return f"{len(load.bodies)} requests, " + (f"{bench.rate:g} requests/s" if bench.rate else f"{bench.concurrency or 16} clients")
+
+
+def _print(load: Load, figures: dict[str, Any]) -> None:
+    print(f"{load.model} at {load.base}: {_loop(load)}, {figures['errors']} errors, {figures['seconds']:.1f} s")
+    print(f"{figures['requests_per_s']:.2f} requests/s, {figures['prompt_tok_per_s']:,.0f} tok/s in, {figures['output_tok_per_s']:,.0f} tok/s out")
+    if goodput := figures.get("goodput"):
+        print(f"goodput {goodput['requests_per_s']:.2f} requests/s, {100 * goodput['share']:.1f} % of all, at {load.bench.slo} ms")
+    print(f"{'ms':6}" + "".join(f"{column:>12}" for column in ("mean", "p50", "p90", "p99")))
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+        if figures[name]:
+            print(f"{name[:-3].upper():6}" + "".join(f"{value:12,.2f}" for value in figures[name].values()))
+    for message, count in figures["error_kinds"].items():
+        print(f"{count} x {message}")
+
+
+def _each(timings: list[Timing]) -> list[dict[str, Any]]:
+    """Every request: seconds from the first one's start, and latencies in milliseconds."""
+    start = min(t.sent for t in timings)
+    rows = []
+    for t in sorted(timings, key=lambda t: t.sent):
+        row: dict[str, Any] = {"sent": round(t.sent - start, 4), "prompt_tokens": t.prompt_tokens, "output_tokens": t.output_tokens}
+        row |= {f"{name}_ms": _ms(value) for name in ("ttft", "tpot", "e2e") if (value := t.latency(name)) is not None}
+        rows.append(row | ({"error": t.error} if t.error is not None else {}))
+    return rows
+
+
+def plots(title: str, timings: list[Timing], slo: dict[str, float]) -> str:
+    """The SVG page: three latencies' distributions, and requests open and tokens per second over time."""
+    good = [t for t in timings if t.error is None]
+    start = min(t.sent for t in timings)
+    seconds = max(t.ended for t in timings) - start
+    names = {"ttft": "Time to first token", "tpot": "Time per output token", "e2e": "Whole request"}
+    panels = []
+    for name, text in names.items():
+        values = [value * 1e3 for t in good if (value := t.latency(name)) is not None]
+        panels.append(plot.Panel(text, "ms", "share of requests", {name: plot.distribution(values)}, slo.get(name)))
+    spans = [(t.sent - start, t.ended - start) for t in timings]
+    panels.append(plot.Panel("Requests open", "s", "", {"open": plot.open_at(spans, seconds)}))
+    tokens = [(at - start, t.output_tokens / len(t.texts)) for t in good for at in t.texts]
+    panels.append(plot.Panel("Output tokens per second", "s", "", {"tokens": plot.over_time(tokens, seconds)}))
+    arrivals = [(t.sent - start, 1.0) for t in timings]
+    ends = [(t.ended - start, 1.0) for t in good]
+    lines = {"arrivals": plot.over_time(arrivals, seconds), "ends": plot.over_time(ends, seconds)}
+    panels.append(plot.Panel("Requests per second", "s", "", lines))
+    return plot.page(title, panels)
 
 
 async def first_model(bench: ServingBench) -> str:

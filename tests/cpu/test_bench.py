@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import xml.etree.ElementTree as ElementTree
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from miniinfer import cli
-from miniinfer.bench import floors, offline, serving
+from miniinfer.bench import floors, offline, plot, serving, traces
 from miniinfer.config import ConfigError, ModelConfig
 
 SHAPES = Path(floors.__file__).parent / "shapes"
@@ -287,7 +288,172 @@ def test_arrivals_are_poisson() -> None:
     assert sum((g - mean) ** 2 for g in load.gaps) / len(load.gaps) == pytest.approx(mean**2, rel=0.1)  # exponential: variance = mean squared
 
 
-@pytest.mark.parametrize("wrong", [{"input_len": "9:3"}, {"output_len": "0"}, {"rate": 0.0}, {"num_requests": 0}, {"url": "localhost:8000"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input_len": "9:3"},
+        {"output_len": "0"},
+        {"rate": 0.0},
+        {"num_requests": 0},
+        {"url": "localhost:8000"},
+        {"burstiness": 0.0},
+        {"slo": "ttft"},
+        {"slo": "itl=3"},
+        {"slo": "tpot=-1"},
+        {"slo": ""},
+        {"plot": "/no/such/folder/x.svg"},
+    ],
+)
 def test_serving_options_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         serving.ServingBench(**wrong)
+
+
+def test_burstiness_shapes_the_gaps() -> None:
+    def variation(shape: float) -> float:
+        load = serving.Load(serving.ServingBench(rate=50, burstiness=shape, num_requests=4000, input_len="1", output_len="1"), "m")
+        mean = sum(load.gaps) / len(load.gaps)
+        assert mean == pytest.approx(1 / 50, rel=0.1)
+        return sum((g - mean) ** 2 for g in load.gaps) / len(load.gaps) / mean**2
+
+    assert variation(0.25) == pytest.approx(4, rel=0.2) and variation(4) == pytest.approx(0.25, rel=0.2)
+
+
+def test_goodput_counts_requests_that_meet_every_objective() -> None:
+    quick = serving.Timing(sent=0.0, texts=[0.1, 0.2], ended=0.2, output_tokens=2)
+    one = serving.Timing(sent=0.0, texts=[0.1], ended=0.1, output_tokens=1)  # has no TPOT, and so meets any
+    late = serving.Timing(sent=0.0, texts=[0.5, 0.6], ended=0.6, output_tokens=2)
+    slow = serving.Timing(sent=0.0, texts=[0.1, 1.0], ended=1.0, output_tokens=2)
+    failed = serving.Timing(sent=0.0, texts=[0.1], ended=2.0, error="broke")
+    timings = [quick, one, late, slow, failed]
+    assert serving.objectives("ttft=200, tpot=150") == {"ttft": 200, "tpot": 150}
+    got = serving.summary(timings, serving.objectives("ttft=200, tpot=150"))["goodput"]
+    assert (got["requests_per_s"], got["share"]) == (1.0, 0.4)
+    assert serving.summary(timings, {"e2e": 150})["goodput"]["share"] == 0.2
+    assert "goodput" not in serving.summary(timings)
+
+
+# ------------------------------------------------------------------------------------------------------------- traces
+
+
+def read(path: Path, *entries: Any, **options: Any) -> list[traces.Item]:
+    path.write_text("".join((entry if isinstance(entry, str) else json.dumps(entry)) + "\n" for entry in entries))
+    return traces.read(str(path), serving.WORDS, options.pop("as_tokens", False), **options)
+
+
+def block(timestamp: int, size: int, hashes: list[int], output: int = 5) -> dict[str, Any]:
+    return {"timestamp": timestamp, "input_length": size, "output_length": output, "hash_ids": hashes}
+
+
+def test_conversations_and_prompts_are_read(tmp_path: Path) -> None:
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "x" * 100}
+    system = {"role": "system", "content": "be brief"}
+    items = read(
+        tmp_path / "a.jsonl",
+        {"id": "1", "conversations": [gpt, human, gpt, human]},
+        "",
+        {"messages": [system, {"role": "user", "content": "yo"}], "max_tokens": 7},
+        {"prompt": "once", "output_len": 3},
+        {"prompt": [1, 2]},
+    )
+    user = {"role": "user", "content": "hi"}
+    assert items == [
+        traces.Item([user], 25),
+        traces.Item([system, {"role": "user", "content": "yo"}], 7),
+        traces.Item("once", 3),
+        traces.Item([1, 2], traces.SHORTEST),
+    ]
+    (tmp_path / "b.json").write_text(json.dumps([{"conversations": [human, gpt]}] * 3))
+    assert traces.read(str(tmp_path / "b.json"), serving.WORDS, False, 2) == [traces.Item([user], 25)] * 2
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_equal_hashes_share_prefixes(tmp_path: Path, as_tokens: bool) -> None:
+    entries = [block(3000, 1500, [7, 8, 9]), block(1000, 1100, [7, 8, 4]), block(1500, 30, [8])]
+    items = read(tmp_path / "t.jsonl", *entries, as_tokens=as_tokens)
+    assert [item.at for item in items] == [0, 0.5, 2] and [item.output for item in items] == [5] * 3
+    second, third, first = (item.prompt if isinstance(item.prompt, list) else item.prompt.split() for item in items)
+    assert [len(p) for p in (first, second, third)] == [1500, 1100, 30]
+    assert first[:1024] == second[:1024] and first[1024:1100] != second[1024:] and third == first[512:542]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "x.jsonl:2: not JSON"),
+        ("7", "x.jsonl:2: expected an object"),
+        ({"text": "a"}, "x.jsonl:2: needs 'conversations'"),
+        ({"prompt": ""}, "x.jsonl:2: needs"),
+        ({"prompt": [1, "a"]}, "x.jsonl:2: needs"),
+        ({"prompt": "a", "output_len": 0}, "x.jsonl:2: 'output_len' must be a whole number from 1"),
+        ({"prompt": "a", "timestamp": "soon"}, "x.jsonl:2: 'timestamp'"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "x.jsonl:2: turn 0 needs a role"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "x.jsonl:2: the conversation has no turn of a user"),
+        ({"messages": "hi"}, "x.jsonl:2: a conversation must be a list"),
+        (block(0, 600, [1]), "x.jsonl:2: 1 hash_ids for an input_length of 600; blocks of 512 tokens make 2"),
+        (block(0, 5, ["a"]), "x.jsonl:2: 'hash_ids' must be"),  # type: ignore[list-item]
+        (block(-1, 5, [1]), "x.jsonl:2: 'timestamp' must be a whole number from 0"),
+        ({"prompt": "a", "timestamp": 3}, "1 of 2 requests have a timestamp"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / "x.jsonl", {"prompt": "fine"}, line)
+    assert said in str(error.value) and str(error.value).startswith("dataset: ")
+
+
+def test_a_missing_or_empty_dataset(tmp_path: Path) -> None:
+    for text, said in (("", "holds no requests"), ("[1", "Expecting")):
+        with pytest.raises(ConfigError, match=said):
+            read(tmp_path / "y.jsonl", *([text] if text else []))
+    with pytest.raises(ConfigError, match="No such file"):
+        traces.read(str(tmp_path / "none.jsonl"), serving.WORDS, False)
+    read(tmp_path / "z.jsonl", {"prompt": [1, 2]})
+    with pytest.raises(ConfigError, match="endpoint: .*token ids"):
+        serving.Load(serving.ServingBench(dataset=str(tmp_path / "z.jsonl"), endpoint="chat"), "m")
+
+
+def test_a_trace_is_replayed_at_its_times(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read(tmp_path / "t.jsonl", *(block(150 * i, 600, [1, i + 2], 4) for i in range(4)))
+    argv = f"bench serving --url {server} --dataset {tmp_path}/t.jsonl --slo ttft=10000,tpot=1 --result {tmp_path}/r.json --plot {tmp_path}/p.svg"
+    assert cli.main(argv.split()) == 0
+    said = capsys.readouterr().out.splitlines()
+    last, saved = json.loads(said[-1]), json.loads((tmp_path / "r.json").read_text())
+    assert "4 requests at their trace's times" in said[0] and "goodput" in said[2]
+    assert last["requests"] == 4 and last["errors"] == 0 and last["goodput"]["slo_ms"] == {"ttft": 10000, "tpot": 1}
+    assert {name: saved[name] for name in last} == last
+    assert [row["sent"] for row in saved["each"]] == pytest.approx([0, 0.15, 0.3, 0.45], abs=0.08)
+    assert all(row["output_tokens"] == 4 and row["e2e_ms"] >= row["ttft_ms"] > 0 for row in saved["each"])
+    prompts = [body["prompt"].split() for body in Handler.bodies]
+    assert all(len(p) == 600 and p[:512] == prompts[0][:512] for p in prompts) and [body["max_tokens"] for body in Handler.bodies] == [4] * 4
+    ElementTree.parse(tmp_path / "p.svg")
+
+
+def test_conversations_go_to_both_endpoints(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+    read(tmp_path / "c.jsonl", {"conversations": turns})
+    for endpoint in ("chat", "completions"):
+        assert cli.main(f"bench serving --url {server} --dataset {tmp_path}/c.jsonl --endpoint {endpoint} --json".split()) == 0
+    chat, completion = Handler.bodies
+    assert [m["role"] for m in chat["messages"]] == ["system", "user"] and completion["prompt"] == "be kind\n\nhello"
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def test_plots_show_their_points() -> None:
+    assert plot.distribution([3.0, 1.0, 2.0, 4.0]) == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1)] and plot.distribution([]) == []
+    assert len(plot.distribution([float(i) for i in range(10_000)])) == 200
+    assert plot.over_time([(0.1, 2), (0.9, 4), (9.9, 1)], 10, bins=10)[0] == (0.5, 6) and plot.over_time([(10, 1)], 10, bins=10)[-1] == (9.5, 1)
+    assert plot.open_at([(0, 6), (5, 10)], 10, bins=2) == [(2.5, 1), (7.5, 1)]
+    page = plot.page("<a> & b", [plot.Panel("t", "x", "y", {"l": [(0, 0), (10, 5)]}, limit=20), plot.Panel("none", "x", "y", {"l": []})])
+    root = ElementTree.fromstring(page)
+    lines = [element.attrib["points"] for element in root.iter() if element.tag.endswith("polyline")]
+    assert lines == ["58.0,210.0 231.0,34.0", ""]  # half of the width, because the limit is at 20
+    assert "&lt;a&gt; &amp; b" in page and "objective" in page
+
+
+@pytest.mark.parametrize("most", [1e-3, 0.3, 1, 7, 99, 1000, 123456])
+def test_ticks_are_few_and_reach_the_end(most: float) -> None:
+    ticks = plot._ticks(most)
+    assert ticks[0] == 0 and 3 <= len(ticks) <= 7 and most <= ticks[-1] * 1.0000001 and ticks[-2] < most
