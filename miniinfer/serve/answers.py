@@ -15,8 +15,8 @@ import msgspec
 
 from miniinfer.data import CompletionOutput, Logprob, RequestOutput
 from miniinfer.engine.text import Tokenizer
+from miniinfer.serve.parsers import CallArguments, CallStart, Content, Delta, Formats, Reasoning
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
-from miniinfer.serve.tools import ToolCall, ToolCallParser
 
 DONE = b"data: [DONE]\n\n"
 encode = msgspec.json.Encoder().encode
@@ -29,7 +29,8 @@ class Prompt:
     """One prompt of a request, and what the engine said of it."""
 
     token_ids: list[int]
-    text: str | None = None  # as the client wrote it
+    text: str | None = None  # as the client wrote it, or as the chat template did
+    formats: Formats | None = None  # of what answers a conversation
     logprobs: list[Table | None] | None = None
     cached_tokens: int = 0
     cache_miss: str | None = None  # why the prompt's next token was not cached, if the request asks
@@ -163,50 +164,58 @@ class ChatAnswer(Answer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        tools = self.request.offered_tools
-        self._parsers = [ToolCallParser(self.request.parallel_tool_calls) for _ in self.choices] if tools else []
+        prompt, request = self.prompts[0], self.request
+        formats, tools = prompt.formats or Formats(None, None), request.offered_tools
+        self._parsers = [formats.parser(prompt.text or "", tools, request.parallel_tool_calls) for _ in self.choices]
         self._started = [False] * len(self.choices)
+        self._thoughts = [ReasoningTokens.of(formats, prompt, self.tokenizer) for _ in self.choices]
+
+    def deltas(self, delta: CompletionOutput) -> list[Delta]:
+        """What the text of a choice's delta says: content, reasoning, calls. A choice that ends with calls gets that for its finish_reason.
+
+        To be called once for every delta, or for the whole text: what comes out adds up to the same."""
+        parser = self._parsers[delta.index]
+        if parser is None:
+            return [Content(delta.text)] if delta.text else []
+        parts = parser.push(delta.text) if delta.text else []
+        if delta.finish_reason is not None:
+            parts += parser.finish()
+            if parser.num_calls and delta.finish_reason == "stop":
+                delta.finish_reason = "tool_calls"
+        return parts if self.request.include_reasoning else [part for part in parts if not isinstance(part, Reasoning)]
 
     def event(self, delta: CompletionOutput) -> bytes:
-        index = delta.index
-        text, calls = self._split(index, delta)
-        start = b""
+        index, parts = delta.index, self.deltas(delta)
+        head, events = self._heads[index] + b'"delta":', b""
+        plain_end = b',"logprobs":null,"finish_reason":null' + self._end
         if not self._started[index]:
             self._started[index] = True
-            start = self._heads[index] + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' + self._end
+            events = head + b'{"role":"assistant","content":""}' + plain_end
         logprobs = b"null"
         if delta.logprobs:
             logprobs = encode(self._logprobs(delta.token_ids, delta.logprobs))
-        elif not (text or calls or delta.finish_reason or self.request.return_token_ids):
-            return start
-        content = b'"delta":{"content":' + encode(text) if text else b'"delta":{'
-        if calls:
-            first = self._parsers[index].num_calls - len(calls)
-            listed = [{"index": first + i, **_call(call)} for i, call in enumerate(calls)]
-            content += (b"," if text else b"") + b'"tool_calls":' + encode(listed)
-        return start + self._heads[index] + content + b"}" + self._event_end(delta, logprobs)
-
-    def _split(self, index: int, delta: CompletionOutput) -> tuple[str, list[ToolCall]]:
-        if not self._parsers:
-            return delta.text, []
-        parser = self._parsers[index]
-        text, calls = parser.feed(delta.text)
-        if delta.finish_reason is not None:
-            text += parser.finish()
-            if parser.num_calls and delta.finish_reason == "stop":
-                delta.finish_reason = "tool_calls"
-        return text, calls
+        elif not (parts or delta.finish_reason or self.request.return_token_ids):
+            return events
+        for part in parts[:-1]:
+            events += head + _delta(part) + plain_end
+        return events + head + (_delta(parts[-1]) if parts else b"{}") + self._event_end(delta, logprobs)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
-        if self._parsers:
-            whole = CompletionOutput(index, message["content"], [], finish_reason=choice.finish_reason)
-            text, calls = self._split(index, whole)
-            choice.finish_reason = whole.finish_reason
-            if calls:
-                message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+        whole = CompletionOutput(index, "".join(choice.text), [], finish_reason=choice.finish_reason)
+        message = _message(self.deltas(whole))
+        choice.finish_reason = whole.finish_reason
         logprobs = None if choice.logprobs is None else self._logprobs(choice.token_ids, choice.logprobs)
         return {"index": index, "message": message, "logprobs": logprobs, **self._extras(choice)}
+
+    def note(self, index: int, item: RequestOutput) -> None:
+        super().note(index, item)
+        for delta in item.outputs:
+            if (thoughts := self._thoughts[delta.index]) is not None:
+                thoughts.push(delta.token_ids)
+
+    def usage(self) -> dict[str, Any]:
+        counts = [thoughts.count for thoughts in self._thoughts if thoughts is not None]
+        return super().usage() | ({"completion_tokens_details": {"reasoning_tokens": sum(counts)}} if counts else {})
 
     def _logprobs(self, token_ids: list[int], tables: list[Table]) -> dict[str, Any]:
         top, content = self.request.top_logprobs or 0, []
@@ -223,8 +232,62 @@ class ChatAnswer(Answer):
         return {"prompt_token_ids": self.prompts[0].token_ids} if self.request.return_token_ids else {}
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _delta(part: Delta) -> bytes:
+    """The `delta` of a stream event."""
+    match part:
+        case Content(text):
+            return b'{"content":' + encode(text) + b"}"
+        case Reasoning(text):
+            shown = encode(text)
+            return b'{"reasoning_content":' + shown + b',"reasoning":' + shown + b"}"
+        case CallStart(index, id, name):
+            return encode({"tool_calls": [{"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}]})
+        case CallArguments(index, text):
+            return encode({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+
+
+def _message(parts: list[Delta]) -> dict[str, Any]:
+    """The assistant's message out of all of its parts."""
+    texts: dict[type, str] = {Content: "", Reasoning: ""}
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        match part:
+            case CallStart(_, id, name):
+                calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": ""}})
+            case CallArguments(index, text):
+                calls[index]["function"]["arguments"] += text
+            case _:
+                texts[type(part)] += part.text
+    message: dict[str, Any] = {"role": "assistant", "content": texts[Content] or (None if calls else ""), "refusal": None}
+    if reasoning := texts[Reasoning]:
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+class ReasoningTokens:
+    """Counts the tokens of one answer's reasoning, its tags included."""
+
+    def __init__(self, begin: int, end: int, opened: bool) -> None:
+        self._begin, self._end, self._inside = begin, end, opened
+        self._first = True
+        self.count = 0
+
+    @staticmethod
+    def of(formats: Formats, prompt: Prompt, tokenizer: Tokenizer | None) -> ReasoningTokens | None:
+        """None where reasoning has no tags that are single tokens."""
+        tags = formats.reasoning
+        begin, end = (tokenizer.token_id(tags.begin), tokenizer.token_id(tags.end)) if tags and tokenizer else (None, None)
+        if tags is None or begin is None or end is None:
+            return None
+        return ReasoningTokens(begin, end, tags.opened_by(prompt.text or ""))
+
+    def push(self, ids: list[int]) -> None:
+        if self._first and ids:
+            self._first = False
+            self._inside = self._inside or ids[0] == self._begin
+        if self._inside:
+            self._inside = self._end not in ids
+            self.count += len(ids) if self._inside else ids.index(self._end) + 1
 
 
 def _finite(logprob: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TypeVar
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,8 +27,10 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
         request.offered_tools,
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=bool(request.add_special_tokens),
-        template_kwargs=request.chat_template_kwargs,
+        template_kwargs=request.template_variables,
     )
+    if request.skip_special_tokens is None and prompt.formats is not None and prompt.formats.special_tokens:
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer = kind(prefix + uuid.uuid4().hex, service.model, request, [prompt], params.n, service.engine.tokenizer)
     return answer, params
 

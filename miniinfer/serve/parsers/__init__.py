@@ -40,7 +40,7 @@ class Formats:
         calls = ToolParser(format, _schemas(tools or ()), parallel) if format else None
         if self.reasoning is None:
             return calls
-        return _Chain(ReasoningParser(self.reasoning, prompt.rstrip().endswith(self.reasoning.begin)), calls)
+        return _Chain(ReasoningParser(self.reasoning, self.reasoning.opened_by(prompt)), calls)
 
 
 def choose(tool_parser: str, reasoning_parser: str, template: str, family: str) -> Formats:

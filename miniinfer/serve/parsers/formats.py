@@ -132,6 +132,10 @@ class ReasoningFormat:
     end: str
     marks: tuple[str, ...] = ()
 
+    def opened_by(self, prompt: str) -> bool:
+        """Does a rendered prompt end within reasoning, so that the answer begins there."""
+        return prompt.rstrip().endswith(self.begin)
+
 
 REASONING_FORMATS: dict[str, ReasoningFormat] = {
     f.name: f
