@@ -12,9 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer.data import SamplingParams
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
-from miniinfer.serve.protocol import ChatRequest, CompletionRequest
+from miniinfer.serve.parsers import Formats
+from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from miniinfer.serve.schemas import ChatCompletion, Completion, Model, ModelList, described
 from miniinfer.serve.service import Service
+from miniinfer.serve.tools_grammar import constraint
 
 A = TypeVar("A", bound=ChatAnswer)
 
@@ -31,6 +33,14 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
     )
     if request.skip_special_tokens is None and prompt.formats is not None and prompt.formats.special_tokens:
         params = msgspec.structs.replace(params, skip_special_tokens=False)
+    try:
+        formats = prompt.formats or Formats(None, None)
+        offered = request.offered_tools or []
+        wanted = constraint(params.structured_outputs, offered, request.tool_choice, request.parallel_tool_calls, formats, prompt.text or "")
+    except ValueError as e:
+        raise ApiError.from_value_error(e) from None
+    if wanted is not params.structured_outputs:
+        params = msgspec.structs.replace(params, structured_outputs=wanted)
     answer = kind(prefix + uuid.uuid4().hex, service.model, request, [prompt], params.n, service.engine.tokenizer)
     return answer, params
 

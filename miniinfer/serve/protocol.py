@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, from_json
 
 from miniinfer.data import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
-from miniinfer.serve import structured
+from miniinfer.serve import structured, tools_grammar
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
@@ -61,8 +61,7 @@ def _refuse(field: str, why: str) -> NoReturn:
 
 # Fields that official clients send and that change nothing a text server of one user's own promises.
 IGNORED = frozenset(
-    "metadata prediction prompt_cache_key prompt_cache_options prompt_cache_retention"
-    " safety_identifier service_tier store user verbosity".split()
+    "metadata prediction prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier service_tier store user verbosity".split()
 )
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
@@ -165,7 +164,6 @@ class Sampling(Strict):
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     timeout: float | None = Field(None, gt=0, le=604800, description="seconds after which the request ends with an error")
     cache_salt: str = Field("", max_length=256)
-    keep_cache_seconds: float | None = None
     keep_cache_seconds: float | None = None
     return_token_ids: bool = False
     explain_cache: bool = False
@@ -362,7 +360,7 @@ class ChatRequest(Sampling):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: Tools | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, WithJsonSchema(tools_grammar.CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool = True  # false: only the first call of an answer is reported
     modalities: list[str] | None = None
     include_reasoning: bool = True
@@ -372,8 +370,10 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _only_what_we_can(self) -> ChatRequest:
-        if self.tool_choice not in (None, "none", "auto"):
-            _refuse("tool_choice", "only 'auto' and 'none' are supported yet")
+        try:
+            tools_grammar.check_choice(self.tool_choice, self.tools)
+        except ValueError as e:
+            raise ApiError.from_value_error(e) from None
         if self.modalities not in (None, ["text"]):
             _refuse("modalities", "only ['text'] is supported")
         if self.top_logprobs is not None and not self.logprobs:
