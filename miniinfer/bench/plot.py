@@ -89,7 +89,7 @@ def _draw(panel: Panel) -> list[str]:
     if panel.limit is not None:
         x = at(panel.limit, 0)[0]
         out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}" stroke="#a33" stroke-dasharray="4 3"/>')
-        out.append(f'<text x="{x + 4:.1f}" y="{_TOP + 10}" fill="#a33">objective</text>')
+        out.append(f'<text x="{x + 4:.1f}" y="{bottom - 6}" style="fill:#a33">objective</text>')
     for i, (name, line) in enumerate(panel.lines.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
         color = _COLORS[i % len(_COLORS)]

@@ -432,7 +432,7 @@ def plots(title: str, timings: list[Timing], slo: dict[str, float]) -> str:
     panels.append(plot.Panel("Output tokens per second", "s", "", {"tokens": plot.over_time(tokens, seconds)}))
     arrivals = [(t.sent - start, 1.0) for t in timings]
     ends = [(t.ended - start, 1.0) for t in good]
-    lines = {"arrivals": plot.over_time(arrivals, seconds), "ends": plot.over_time(ends, seconds)}
+    lines = {"arrivals": plot.over_time(arrivals, seconds, 30), "ends": plot.over_time(ends, seconds, 30)}
     panels.append(plot.Panel("Requests per second", "s", "", lines))
     return plot.page(title, panels)
 
