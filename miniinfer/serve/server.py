@@ -30,7 +30,7 @@ MAX_HEAD = 64 << 10  # bytes of a request line and its headers
 
 
 def greeting(service: Service, listener: socket.socket) -> str:
-    """Where the server is, and a command that talks to it."""
+    """Where the server is, its page, and a command that talks to it."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     tokenizer, url = service.engine.tokenizer, f"http://{host}:{port}/v1"
@@ -43,7 +43,8 @@ def greeting(service: Service, listener: socket.socket) -> str:
         path, body = "completions", body | {"prompt": "Once upon a time"}
     key = "" if not service.config.guarded else " -H 'Authorization: Bearer YOUR-KEY'"
     curl = f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-    return f"{service.model} is ready at {url} (Ctrl+C stops it). Try:\n  {curl}"
+    page = url.removesuffix("v1")
+    return f"{service.model} is ready at {url} and, in a browser, at {page} (Ctrl+C stops it). Try:\n  {curl}"
 
 
 def uvicorn_config(service: Service) -> uvicorn.Config:

@@ -119,6 +119,7 @@ def test_files_and_headers(server: Server) -> None:
         status, headers = head(f"{server.url}/{name}")
         assert status == 200 and int(headers["content-length"]) > 0
         assert "default-src 'none'" in headers["content-security-policy"] and "unsafe" not in headers["content-security-policy"]
+        assert int(head(f"{server.url}/{name}", accept_encoding="gzip")[1]["content-length"]) <= int(headers["content-length"]) + 40
         assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-cache"
         assert head(f"{server.url}/{name}", if_none_match=headers["etag"])[0] == 304
         assert head(f"{server.url}/{name}", if_none_match='"old"')[0] == 200
@@ -448,6 +449,7 @@ def test_every_control_has_a_name_and_text_stands_out(visit: Visit) -> None:
 @pytest.mark.skipif(not (BUNDLED / "model.safetensors").exists(), reason="this checkout carries no bundled model")
 def test_the_bundled_model(browser: Any, tmp_path: Path) -> None:
     with contextlib.closing(ServerProcess("bundled", tmp_path / "server.log", "--dtype", "auto")) as server:
+        assert f" http://127.0.0.1:{server.port}/ " in server.greeting.splitlines()[0]
         visit = Visit(browser, f"http://127.0.0.1:{server.port}/").ready()
         visit.page.fill("[name=temperature]", "0")
         visit.page.check("[name=logprobs]")

@@ -61,7 +61,7 @@ export class TokenView {
       const bar = h("i");
       bar.style.width = `${share * 100}%`;
       return h("tr", { class: chosen && "chosen" }, h("td", { class: "token" }, visible(other)), h("td", { class: "bar" }, bar),
-        h("td", { class: "number" }, percent(share)), h("td", { class: "number faint" }, value.toFixed(2)));
+        h("td", { class: "number" }, percent(share)), h("td", { class: "number faint" }, value > -9999 ? value.toFixed(2) : "−∞"));
     })));
     span.classList.add("picked");
     place($("tip"), span);
