@@ -27,6 +27,9 @@ log = get_logger(__name__)
 
 DRAIN_SECONDS = 5.0  # how long a stopping server lets open requests go on
 MAX_HEAD = 64 << 10  # bytes of a request line and its headers
+HEAD_SECONDS = 20.0  # from a connection, or a request's first byte, to the end of its headers
+STALL_SECONDS = 60.0  # that a client may leave what it was sent unread before it is given up, and its request with it
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
 
 
 def greeting(service: Service, listener: socket.socket) -> str:
@@ -52,7 +55,7 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(service),
         port=0,  # of no effect where the socket is given
-        http=_Protocol,
+        http=type("Protocol", (_Protocol,), {"most": service.config.max_connections}),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -64,26 +67,78 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's connection with a limit on what comes before a body, which it would collect without end."""
+    """uvicorn's connection, bounded in memory and in time: heads have a size, heads and stalled readers a time limit, and the number of
+    connections is limited at the cost of idle ones. Bodies are read by service.py, which has limits of its own."""
 
+    most = 0  # connections; `uvicorn_config` makes a class with the number
     _head: int | None = None  # bytes of a request's head so far; None outside of one
+    _timer: asyncio.TimerHandle | None = None  # until a head must be complete
+    _stall: asyncio.TimerHandle | None = None  # until a client that does not read is given up
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._expect_head()
+        if len(self.connections) > self.most:
+            idle = [other for other in self.connections if isinstance(other, _Protocol) and other._is_idle]
+            if idle:
+                min(idle, key=lambda other: other._since).transport.abort()
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer that vanished is found out
+            for name, value in KEEPALIVE.items():
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._timer, self._stall):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        self._head = 0
+        self._head, self._since = 0, self.loop.time()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._head = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head is None or self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._is_idle or self._head is not None:  # whatever came, a whole head must follow
+            self._expect_head()
+        if self._head is None:
             return
         self._head += len(data)
         if self._head > MAX_HEAD:
             self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_head(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than we write: nothing more is written until it has caught up, for which it has a limited time."""
+        super().pause_writing()
+        if self._stall is None:
+            self._stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        super().resume_writing()
 
 
 class Server(uvicorn.Server):
