@@ -10,12 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tokenizers
 import torch
 
 from miniinfer.batch import Batch
 from miniinfer.config import EngineConfig
 from miniinfer.data import Add, SamplingParams, SequenceUpdate
 from miniinfer.engine.core import EngineCore
+from miniinfer.engine.guidance import Backend, Matcher
 from miniinfer.kernels import REFERENCE
 from miniinfer.kernels.reference import sample
 
@@ -47,10 +50,21 @@ MOE = {
 }
 
 
+def tokenizer_json(size: int, eos: int) -> str:
+    """A vocabulary for grammars to speak of: the printable characters, then pairs of letters."""
+    pairs = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    texts = iter([*map(chr, range(33, 127)), "\u0120", *pairs])  # U+0120: how byte-level vocabularies write a blank
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>" if i == eos else next(texts): i for i in range(size)}, []))
+    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.ByteLevel(False), tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    return backend.to_str()
+
+
 def make_core(folder: Path, shape: dict[str, Any] = SHAPE, **options: Any) -> EngineCore:
     """An engine over random fp32 weights, large enough that every token depends on the whole context."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "tokenizer.json").write_text(tokenizer_json(shape["vocab_size"], shape["eos_token_id"]))
     defaults: dict[str, Any] = {"device": "cpu", "kernels": "reference", "page_size": 8, "num_threads": 1, "max_num_seqs": 16, "cpu_kv_gib": 0.02}
     config = EngineConfig(model=str(folder), load_format="dummy", dtype="float32", **{**defaults, **options})
     core = EngineCore(config)
@@ -117,6 +131,16 @@ def _record(got: dict[str, Got], updates: list[SequenceUpdate]) -> None:
         g.finish = u.finish_reason
 
 
+def allowed(matcher: Matcher, held: set[int]) -> torch.Tensor:
+    """Which tokens a grammar lets follow [VOCAB]; those held back only if nothing else may."""
+    mask = np.zeros((1, -(-VOCAB // 32)), dtype=np.int32)
+    Backend.fill(None, [(matcher, 0)], mask)  # type: ignore[arg-type]  # one row needs nothing of the backend
+    bits = torch.from_numpy(np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB]).bool()
+    rest = bits.clone()
+    rest[list(held)] = False
+    return rest if rest.any() else bits
+
+
 @torch.inference_mode()
 def naive(core: EngineCore, w: Wanted, sibling: int = 0) -> Got:
     """The same request, computed the slow way."""
@@ -124,6 +148,7 @@ def naive(core: EngineCore, w: Wanted, sibling: int = 0) -> Got:
     tokens, got = list(w.prompt), Got()
     limit = min(len(tokens) + (p.max_tokens or 10**9), core.config.max_model_len or 0)
     stops = set(p.stop_token_ids or []) | (set() if p.ignore_eos else set(core.info["eos_token_ids"]))
+    matcher = Backend(Path(core.info["folder"]), VOCAB, core.info["eos_token_ids"]).compile(p.structured_outputs) if p.structured_outputs else None
     while True:
         logits = model.logits(model(Batch.packed([tokens], REFERENCE, device))).float()
         if got.prompt_logprobs is None and p.prompt_logprobs is not None:
@@ -133,7 +158,12 @@ def naive(core: EngineCore, w: Wanted, sibling: int = 0) -> Got:
         z = raw.clone()
         for token, value in (p.logit_bias or {}).items():
             z[token] += value
-        if len(tokens) - len(w.prompt) < p.min_tokens:
+        early = len(tokens) - len(w.prompt) < p.min_tokens
+        if matcher is not None:
+            z[~allowed(matcher, (stops if early else set()) | (set(core.info["eos_token_ids"]) if early or p.ignore_eos else set())).to(device)] = (
+                float("-inf")
+            )
+        elif early:
             z[list(stops)] = float("-inf")
         seen, output = set(tokens), tokens[len(w.prompt) :]
         for token in seen:
@@ -155,6 +185,8 @@ def naive(core: EngineCore, w: Wanted, sibling: int = 0) -> Got:
         got.logprobs.append(float(raw.log_softmax(-1)[token]))
         if token in stops and len(got.tokens) > p.min_tokens - 1:
             got.finish = "stop"
+        elif matcher is not None and (not matcher.accept(token) or matcher.finished):
+            got.finish = "error" if matcher.error else "stop"
         elif len(tokens) >= limit:
             got.finish = "length"
         if got.finish:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from harness import HYBRID, MOE, SHAPE, SLIDING, VOCAB, Got, Wanted, make_core, naive, run
 
-from miniinfer.data import SamplingParams
+from miniinfer.data import SamplingParams, StructuredOutputsParams
 from miniinfer.engine.core import EngineCore
 
 
@@ -53,6 +53,7 @@ FEATURES = [
     Feature("stop token ids", params={"stop_token_ids": [3, 11, 50]}),
     Feature("logprobs", params={"logprobs": 3}),
     Feature("prompt logprobs", params={"prompt_logprobs": 2}),
+    Feature("structured output", params={"structured_outputs": StructuredOutputsParams(regex="(([a-m]{1,5}|[0-9]{1,3})[ ,])+")}),
     Feature("compiled CPU kernels", options={"kernels": "cpu"}, cpu=True),
     Feature("CUDA graphs", options={"enforce_eager": False}, gpu=True),
 ]

@@ -122,7 +122,7 @@ class Grammars:
     def __init__(
         self, load: Callable[[], Backend], guard: Callable[[], bytes] | None, vocab_size: int, eos: tuple[int, ...], rows: int, pinned: bool
     ) -> None:
-        self._load, self._guard = load, guard
+        self._load, self.guard = load, guard
         self._vocab_size, self._eos, self._rows, self._pinned = vocab_size, eos, rows, pinned
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._backend: Backend | None = None
@@ -162,8 +162,8 @@ class Grammars:
         with self._loading:
             if self._backend is None:
                 self._backend = self._load()
-        if self._guard is not None:
-            size = self._try(self._guard, wanted)
+        if self.guard is not None:
+            size = self._try(self.guard, wanted)
             with self._lock:
                 if key in self._sizes:
                     self._sizes[key] += size
@@ -199,6 +199,8 @@ class Grammars:
         masks = self._buffers[self._turn][: len(requests)]
         self._turn ^= 1
         open_ones = [(r, i) for i, r in enumerate(requests) if r.status is not Status.FINISHED and r.constraint.error is None]
+        for request, _ in open_ones:  # a resumed output is new to its constraint
+            request.constraint.advance(request.tokens, request.prompt_len)
         if len(open_ones) < len(requests):
             masks[:] = -1
         if open_ones:
