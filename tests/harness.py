@@ -68,6 +68,7 @@ def make_core(folder: Path, shape: dict[str, Any] = SHAPE, **options: Any) -> En
     defaults: dict[str, Any] = {"device": "cpu", "kernels": "reference", "page_size": 8, "num_threads": 1, "max_num_seqs": 16, "cpu_kv_gib": 0.02}
     config = EngineConfig(model=str(folder), load_format="dummy", dtype="float32", **{**defaults, **options})
     core = EngineCore(config)
+    core.grammars.guard = None  # starting one takes longer than most tests; test_grammar.py has them
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in core.model.parameters():
@@ -160,9 +161,8 @@ def naive(core: EngineCore, w: Wanted, sibling: int = 0) -> Got:
             z[token] += value
         early = len(tokens) - len(w.prompt) < p.min_tokens
         if matcher is not None:
-            z[~allowed(matcher, (stops if early else set()) | (set(core.info["eos_token_ids"]) if early or p.ignore_eos else set())).to(device)] = (
-                float("-inf")
-            )
+            held = (stops if early else set()) | set(core.info["eos_token_ids"] if early or p.ignore_eos else ())
+            z[~allowed(matcher, held).to(device)] = float("-inf")
         elif early:
             z[list(stops)] = float("-inf")
         seen, output = set(tokens), tokens[len(w.prompt) :]
