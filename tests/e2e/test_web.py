@@ -207,6 +207,44 @@ def test_settings_reach_the_request(visit: Visit, server: Server) -> None:
     assert "cut off at the token limit" in visit.texts(".assistant .stats")[0]
 
 
+def test_the_model_is_chosen(browser: Any, server: Server) -> None:
+    visit = Visit(browser, "about:blank")
+    cards = [{"id": name, "object": "model", "max_model_len": length} for name, length in (("tiny", 4096), ("<b>other</b>", 99))]
+    visit.page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": cards}))
+    visit.page.goto(server.url)
+    visit.ready()
+    assert "4,096 tokens" in visit.texts(".welcome")[0]
+    visit.page.select_option("#model", "<b>other</b>")
+    assert visit.texts(".welcome h2") == ["<b>other</b>"]
+    visit.send("hi")
+    assert "<b>other</b>" in visit.texts(".error span")[0] and "(404)" in visit.texts(".error span")[0]
+    visit.page.select_option("#model", "tiny")
+    visit.page.click("text=Try again")
+    visit.idle()
+    assert visit.last() == "hello there" and visit.texts(".assistant .who") == ["tiny"]
+    visit.context.close()
+
+
+def test_formats_reach_the_request(visit: Visit) -> None:
+    sent: list[dict[str, Any]] = []
+    visit.page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    assert not visit.page.is_visible("[name=schema]")
+    visit.page.select_option("[name=format]", "json_schema")
+    visit.page.fill("[name=schema]", '{"type": "object", "properties": {"a": {"type": "integer"}}}')
+    visit.page.select_option("[name=effort]", "none")
+    visit.page.fill("[name=template]", '{"enable_thinking": false}')
+    visit.page.fill("[name=tools]", '[{"name": "f", "parameters": {"type": "object"}}]')
+    visit.page.fill("#prompt", "hi")
+    visit.page.press("#prompt", "Enter")
+    visit.page.wait_for_selector(".message.assistant:not(.writing)")
+    (body,) = sent
+    schema = {"name": "answer", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}, "strict": True}
+    assert body["response_format"] == {"type": "json_schema", "json_schema": schema}
+    assert body["reasoning_effort"] == "none" and body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    visit.errors.clear()  # the engine of these tests knows no grammars
+
+
 def test_errors_in_the_servers_words_and_at_their_field(browser: Any, server: Server) -> None:
     visit = Visit(browser, server.url).ready()
     visit.page.fill("[name=temperature]", "-1")

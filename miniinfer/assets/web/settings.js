@@ -16,7 +16,7 @@ const NUMBERS = [
 const WHOLE = ["max_tokens", "top_k", "seed"];
 const TOP_LOGPROBS = 5;
 
-export const DEFAULTS = { system: "", stop: "", format: "text", schema: "", tools: "", template: "", logprobs: false };
+export const DEFAULTS = { system: "", stop: "", effort: "", format: "text", schema: "", tools: "", template: "", logprobs: false };
 
 /** Fills the form's numbers in; `changed(name, value)` is called for every change. */
 export class SettingsForm {
@@ -45,7 +45,7 @@ export class SettingsForm {
 
   /** Points at the field that the server, or toBody, refused; null for none. */
   mark(param) {
-    const name = { response_format: "schema", chat_template_kwargs: "template", max_completion_tokens: "max_tokens" }[param] ?? param;
+    const name = { response_format: "schema", chat_template_kwargs: "template", reasoning_effort: "effort", max_completion_tokens: "max_tokens" }[param] ?? param;
     for (const field of this.form.elements) {
       if (field.name) field.setAttribute("aria-invalid", field.name === name);
     }
@@ -68,6 +68,7 @@ export function toBody(settings) {
   }
   const stops = (settings.stop ?? "").split("\n").filter(Boolean);
   if (stops.length) body.stop = stops;
+  if (settings.effort) body.reasoning_effort = settings.effort;
   if (settings.format === "json_object") body.response_format = { type: "json_object" };
   if (settings.format === "json_schema") {
     const schema = json(settings, "schema", "JSON schema") ?? { type: "object" };
