@@ -18,8 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer.data import CompletionOutput
 from miniinfer.serve.answers import encode
-from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, thinking_variables
-from miniinfer.serve.openai import chat_answer
+from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, between
 from miniinfer.serve.schemas import Shape, described
 from miniinfer.serve.service import Service
@@ -394,7 +393,7 @@ def router(service: Service) -> APIRouter:
     async def messages(http: Request) -> Response:
         _check_version(http)
         request: MessagesRequest = await service.read(http, MessagesRequest)
-        answer, params = await chat_answer(service, request.run(service), MessageAnswer, "msg_")
+        answer, params = await prepare(service, request.run(service), MessageAnswer, "msg_", _NAMES)
         response = await service.respond(http, answer, params)
         response.headers["request-id"] = answer.id
         return response
@@ -403,7 +402,7 @@ def router(service: Service) -> APIRouter:
     async def count_tokens(http: Request) -> Response:
         _check_version(http)
         request: CountRequest = await service.read(http, CountRequest)
-        answer, _ = await chat_answer(service, request.chat(service), MessageAnswer, "msg_")
+        answer, _ = await prepare(service, request.chat(service), MessageAnswer, "msg_", _NAMES)
         return JSONResponse({"input_tokens": answer.prompt_tokens})
 
     return routes

@@ -17,6 +17,7 @@ from miniinfer.engine.client import EngineDeadError
 from miniinfer.serve import (
     anthropic,
     loads,
+    ollama,
     openai,
     responses,
     tokens,
@@ -68,6 +69,7 @@ def build_app(service: Service) -> FastAPI:
         responses.router(service),
         tokens.router(service),
         anthropic.router(service),
+        ollama.router(service),
         loads.router(service),
         control,
     )
@@ -78,7 +80,7 @@ def build_app(service: Service) -> FastAPI:
     return app
 
 
-_SHAPES = (("/v1/messages", anthropic.AnthropicError),)  # paths whose errors are not in OpenAI's shape
+_SHAPES = (("/v1/messages", anthropic.AnthropicError), ("/api/", ollama.OllamaError))  # paths whose errors are not in OpenAI's shape
 
 
 def _as_refusal(error: RequestValidationError) -> ApiError:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from miniinfer.data import CompletionOutput
+from miniinfer.data import CompletionOutput, SamplingParams
 from miniinfer.serve.answers import ChatAnswer, Choice, encode
+from miniinfer.serve.openai import chat_answer
 from miniinfer.serve.parsers import CallArguments, CallStart, Content, Reasoning
 from miniinfer.serve.protocol import ApiError, ChatRequest, parse
 from miniinfer.serve.service import Service
+
+F = TypeVar("F", bound="ForeignAnswer")
 
 
 def chat_request(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
@@ -31,6 +34,17 @@ def renamed(error: ApiError, names: dict[str, str]) -> ApiError:
     if name is None or not colon:
         return error
     return ApiError(error.status, f"{name}: {rest}", param=name, code=error.code, headers=error.headers)
+
+
+async def prepare(service: Service, request: ChatRequest, kind: type[F], prefix: str, names: dict[str, str]) -> tuple[F, SamplingParams]:
+    """`chat_answer`, with errors under the API's own names."""
+    try:
+        answer, params = await chat_answer(service, request, kind, prefix)
+    except ApiError as e:
+        raise renamed(e, names) from None
+    if params.structured_outputs is not None:
+        params.structured_outputs.field = names.get(params.structured_outputs.field, params.structured_outputs.field)
+    return answer, params
 
 
 def thinking_variables(service: Service, on: bool | None, effort: str | None = None) -> dict[str, Any]:

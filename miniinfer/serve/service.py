@@ -76,11 +76,11 @@ class Service:
 
     # ----------------------------------------------------------------------------------------------------- requests
 
-    async def read(self, http: Request, kind: type[Any]) -> Any:
-        """The checked request, if the server takes it at all."""
+    async def read(self, http: Request, kind: type[Any], any_type: bool = False) -> Any:
+        """The checked request, if the server takes it at all; `any_type`: whatever its head says of its content."""
         self.admit(0)
         kind_of_body = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind_of_body != "application/json":
+        if kind_of_body != "application/json" and not any_type:
             raise ApiError(415, f"the content type must be application/json, got {kind_of_body!r}")
         request = parse(kind, await _read_body(http, self.config.max_body_mib))
         if request.model is not None:

@@ -1,0 +1,492 @@
+"""Ollama's API: chat, generate, and what clients ask about models. Owns its bodies, answers (lines of JSON) and errors; work runs as OpenAI's does.
+
+Options of llama.cpp's loading (num_ctx, num_gpu and their like) are taken and ignored: the server was started with its own. Samplers that we do
+not have are refused unless they are off. A model's name may end in ":latest".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter
+from pydantic import AfterValidator, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from miniinfer import __version__
+from miniinfer.data import MAX_LOGPROBS, CompletionOutput, RequestOutput, SamplingParams
+from miniinfer.serve.answers import Prompt, encode
+from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
+from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TokenIds, Tools, between
+from miniinfer.serve.schemas import Shape, Version, described
+from miniinfer.serve.service import Service
+
+_NEVER = "2318-01-01T00:00:00Z"  # when a model that stays is unloaded
+_LINES = "application/x-ndjson"
+
+
+class OllamaError(ApiError):
+    """An error in Ollama's shape."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message, param=error.param, code=error.code, headers=error.headers)
+
+    def body(self) -> bytes:
+        return encode({"error": self.message})
+
+
+# ----------------------------------------------------------------------------------------------------------- bodies
+
+_OURS = {
+    "repeat_penalty": "repetition_penalty",
+    **{f: f for f in ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")},
+}
+_NAMES = {ours: f"options.{name}" for name, ours in _OURS.items()} | {"max_tokens": "options.num_predict", "response_format": "format"}
+_OFF = {"mirostat": 0, "tfs_z": 1.0, "typical_p": 1.0}  # samplers that we do not have, and how they are switched off
+_PENALTIES = between(-2, 2)
+
+
+class Options(Strict):
+    """Sampling under Ollama's names; after it what is ignored, or may only be off."""
+
+    temperature: float | None = between(0, 100)
+    num_predict: int | None = Field(None, lt=2**31)  # not positive: as much as the context holds
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_p: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
+    min_p: float | None = between(0, 1)
+    seed: int | None = between(-(2**63), 2**63 - 1)
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=64)
+    repeat_penalty: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})
+    presence_penalty: float | None = _PENALTIES
+    frequency_penalty: float | None = _PENALTIES
+    num_ctx: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    num_thread: int | None = None
+    num_keep: int | None = None
+    repeat_last_n: int | None = None
+    numa: bool | None = None
+    low_vram: bool | None = None
+    f16_kv: bool | None = None
+    logits_all: bool | None = None
+    vocab_only: bool | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    embedding_only: bool | None = None
+    penalize_newline: bool | None = None
+    mirostat: Literal[0] | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    tfs_z: float | None = Field(None, ge=1, le=1)
+    typical_p: float | None = Field(None, ge=1, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_off(cls, raw: Any) -> Any:
+        for name, off in _OFF.items() if isinstance(raw, dict) else ():
+            if raw.get(name) not in (None, off):
+                raise ApiError(400, f"options.{name}: not supported, only {off}, which is off", param=f"options.{name}")
+        return raw
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(":latest")
+
+
+Name = Annotated[str, AfterValidator(_plain)]
+
+
+class Asked(Strict):
+    """What chat and generate share."""
+
+    model: Name
+    stream: bool = True
+    options: Options = Field(default_factory=lambda: Options.model_validate({}))
+    format: Literal["", "json"] | dict[str, Any] = ""
+    keep_alive: float | str | None = None  # the model stays anyway
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    def chat(self, service: Service, messages: list[dict[str, Any]], **more: Any) -> ChatRequest:
+        """The same in OpenAI's fields."""
+        given = self.options
+        fields = {ours: getattr(given, name) for name, ours in _OURS.items()}
+        limit = given.num_predict if given.num_predict is not None and given.num_predict > 0 else None
+        fields |= {"model": self.model, "stream": self.stream, "messages": messages, "max_tokens": limit, **more}
+        fields |= {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs if self.logprobs else None}
+        if self.format == "json":
+            fields["response_format"] = {"type": "json_object"}
+        elif self.format:
+            fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.format}}
+        effort = self.think if isinstance(self.think, str) else None
+        variables = thinking_variables(service, None if self.think is None else self.think is not False, effort)
+        if self.think and not variables:
+            raise ApiError(400, f"think: {service.model!r} does not support thinking", param="think")
+        return chat_request(fields | {"chat_template_kwargs": variables}, _NAMES)
+
+
+class CalledFunction(Strict):
+    """What a call calls."""
+
+    name: str
+    arguments: dict[str, Any]
+    index: int | None = None
+    description: str | None = None
+
+
+class Called(Strict):
+    """A call that the model made."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class OllamaMessage(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    thinking: str | None = None
+    images: list[str] | None = Field(None, max_length=0)
+    tool_calls: list[Called] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+    def for_chat(self, index: int) -> dict[str, Any]:
+        """As OpenAI's API has it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id or f"call_{index}_{i}", "type": "function"}
+                | {"function": {"name": call.function.name, "arguments": encode(call.function.arguments).decode()}}
+                for i, call in enumerate(self.tool_calls)
+            ]
+        if self.role == "tool":
+            message |= {"name": self.tool_name, "tool_call_id": self.tool_call_id}
+        return message
+
+
+class OllamaChatRequest(Asked):
+    """/api/chat. Without messages it loads the model, that is, does nothing."""
+
+    messages: list[OllamaMessage] = []
+    tools: Tools | None = None
+
+
+class GenerateRequest(Asked):
+    """/api/generate. Without a prompt it loads the model, that is, does nothing."""
+
+    prompt: str = ""
+    system: str = ""
+    raw: bool = False
+    context: TokenIds | None = None
+    suffix: str | None = Field(None, max_length=0)
+    template: str | None = Field(None, max_length=0)
+    images: list[str] | None = Field(None, max_length=0)
+
+
+class ShowRequest(Strict):
+    """/api/show; `name` is an older word for `model`."""
+
+    model: Name | None = None
+    name: Name | None = None
+    verbose: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> ShowRequest:
+        self.model = self.model or self.name
+        if self.model is None:
+            raise ApiError(400, "model: required field is missing", param="model")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+class OllamaAnswer(ForeignAnswer):
+    """Lines of JSON, the last of which has the figures; or one object with everything."""
+
+    stream_type = _LINES
+    arrived = 0  # set by the route, in nanoseconds
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._created = self._begun = self._first = self._last = time.monotonic_ns()
+        self._call: Part | None = None  # whose arguments are still coming
+        self._calls = 0
+        self._ended: str | None = None
+
+    def note(self, index: int, item: RequestOutput) -> None:
+        super().note(index, item)
+        self._last = time.monotonic_ns()
+        if item.admission is not None:
+            self._begun = self._created + int(item.admission.queued * 1e9)
+        if self._first == self._created:
+            self._first = self._last
+
+    def event(self, delta: CompletionOutput) -> bytes:
+        said = self._said(self.parts(delta), delta.finish_reason is not None)
+        if delta.logprobs:
+            said["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)["content"]
+        self._ended = delta.finish_reason
+        return self._line(said) if said else b""
+
+    def end(self) -> bytes:
+        return self._line({}, self._figures(self._ended))
+
+    def failure(self, error: ApiError) -> bytes:
+        return OllamaError(error).body() + b"\n"
+
+    def result(self) -> bytes:
+        (choice,) = self.choices
+        said = self._said(self.whole(choice), True)
+        if choice.logprobs is not None:
+            said["logprobs"] = self._logprobs(choice.token_ids, choice.logprobs)["content"]
+        return self._line(said, self._figures(choice.finish_reason))[:-1]
+
+    def _said(self, parts: list[Part], finished: bool) -> dict[str, Any]:
+        """Text, thinking and calls by their names; a call when all of its arguments are there."""
+        said: dict[str, Any] = {}
+        calls = []
+        for part in [*parts, *([Part("end")] if finished else [])]:
+            if part.kind == "arguments":
+                assert self._call is not None
+                self._call.text += part.text
+                continue
+            if self._call is not None:
+                function = {"index": self._calls, "name": self._call.name, "arguments": msgspec.json.decode(self._call.text)}
+                calls.append({"id": self._call.id, "function": function})
+                self._call, self._calls = None, self._calls + 1
+            if part.kind == "call":
+                self._call = part
+            elif part.kind != "end":
+                said[part.kind] = said.get(part.kind, "") + part.text
+        return said | ({"tool_calls": calls} if calls else {})
+
+    def _figures(self, reason: str | None) -> dict[str, Any]:
+        """Loading is what comes before the model works on the prompt: reading the request, and the queue."""
+        first = max(self._first, self._begun)
+        return {
+            "done_reason": "length" if reason == "length" else "stop",
+            "total_duration": time.monotonic_ns() - (self.arrived or self._created),
+            "load_duration": self._begun - (self.arrived or self._created),
+            "prompt_eval_count": self.prompt_tokens,
+            "prompt_eval_duration": first - self._begun,
+            "eval_count": self.completion_tokens,
+            "eval_duration": max(self._last - first, 0),
+        }
+
+    def _line(self, said: dict[str, Any], figures: dict[str, Any] | None = None) -> bytes:
+        shown = {"model": self._about["model"], "created_at": _now()} | self._content(said)
+        shown |= {"logprobs": said["logprobs"]} if "logprobs" in said else {}
+        return encode(shown | {"done": figures is not None} | (figures or {})) + b"\n"
+
+    def _content(self, said: dict[str, Any]) -> dict[str, Any]:
+        """What was said, under the endpoint's names."""
+        raise NotImplementedError
+
+
+class OllamaChatAnswer(OllamaAnswer):
+    """/api/chat."""
+
+    def _content(self, said: dict[str, Any]) -> dict[str, Any]:
+        more = {name: said[name] for name in ("thinking", "tool_calls") if name in said}
+        return {"message": {"role": "assistant", "content": said.get("text", "")} | more}
+
+
+class GenerateAnswer(OllamaAnswer):
+    """/api/generate. Its last line has the conversation's tokens, for the next request's `context`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._ids: list[int] = []
+
+    def note(self, index: int, item: RequestOutput) -> None:
+        super().note(index, item)
+        for delta in item.outputs:
+            self._ids += delta.token_ids
+
+    def _figures(self, reason: str | None) -> dict[str, Any]:
+        return super()._figures(reason) | {"context": self.prompts[0].token_ids + self._ids}
+
+    def _content(self, said: dict[str, Any]) -> dict[str, Any]:
+        return {"response": said.get("text", "")} | ({"thinking": said["thinking"]} if "thinking" in said else {})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def _details(service: Service) -> dict[str, Any]:
+    info = service.engine.info
+    count, family = info.get("num_parameters", 0), info.get("family", "")
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(info.get("dtype", ""), info.get("dtype", ""))
+    return {"parent_model": "", "format": "safetensors", "family": family, "families": [family], "parameter_size": size, "quantization_level": kind}
+
+
+def _model(service: Service) -> dict[str, Any]:
+    """The one model, as lists show it. Its digest is of its files' names, sizes and times: it changes when they do."""
+    folder = service.engine.info.get("folder")
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file()) if folder else []
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in files]
+    changed = max((at for _, _, at in states), default=float(service.created))
+    return {
+        "name": service.model,
+        "model": service.model,
+        "modified_at": datetime.fromtimestamp(changed, UTC).isoformat().replace("+00:00", "Z"),
+        "size": sum(size for name, size, _ in states if name.endswith(".safetensors")),
+        "digest": hashlib.sha256(repr((service.model, states)).encode()).hexdigest(),
+        "details": _details(service),
+    }
+
+
+def _shown(service: Service) -> dict[str, Any]:
+    tokenizer, info = service.engine.tokenizer, service.engine.info
+    template = tokenizer.chat_templates.get("default") if tokenizer else None
+    family = info.get("family", "")
+    able = {"tools": template is not None and "tools" in template.text, "thinking": bool(thinking_variables(service, True))}
+    return {
+        "modelfile": f"FROM {service.model}\n",
+        "parameters": "\n".join(f"{name} {value}" for name, value in service.defaults.items()),
+        "template": template.text if template else "",
+        "details": _details(service),
+        "model_info": {
+            "general.architecture": family,
+            "general.parameter_count": info.get("num_parameters", 0),
+            f"{family}.context_length": info["max_model_len"],
+            f"{family}.vocab_size": info["vocab_size"],
+        },
+        "capabilities": ["completion", *(name for name, has in able.items() if has)],
+        "modified_at": _model(service)["modified_at"],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- routes
+
+
+class OllamaErrorShape(Shape):
+    """What went wrong, in Ollama's shape."""
+
+    error: str
+
+
+class Figures(Shape):
+    model: str
+    created_at: str
+    done: bool
+    done_reason: str
+
+
+class OllamaChatShape(Figures):
+    message: dict[str, Any]
+
+
+class GenerateShape(Figures):
+    response: str
+
+
+class OllamaModel(Shape):
+    name: str
+    model: str
+    size: int
+    digest: str
+    details: dict[str, Any]
+
+
+class OllamaModels(Shape):
+    models: list[OllamaModel]
+
+
+class Shown(Shape):
+    template: str
+    details: dict[str, Any]
+    model_info: dict[str, Any]
+    capabilities: list[str]
+
+
+def router(service: Service) -> APIRouter:
+    """The routes below /api."""
+    routes = APIRouter(prefix="/api")
+
+    def shapes(body: Any, answer: Any, stream: str | None = None) -> dict[str, Any]:
+        return described(body, answer, stream=stream, error=OllamaErrorShape)
+
+    @routes.post("/chat", **shapes(OllamaChatRequest, OllamaChatShape, _LINES))
+    async def chat(http: Request) -> Response:
+        arrived, request = time.monotonic_ns(), await _read(service, http, OllamaChatRequest)
+        if not request.messages:
+            return _loaded(service, request, message={"role": "assistant", "content": ""})
+        messages = [message.for_chat(i) for i, message in enumerate(request.messages)]
+        answer, params = await prepare(service, request.chat(service, messages, tools=request.tools or None), OllamaChatAnswer, "chat-", _NAMES)
+        answer.arrived = arrived
+        return await service.respond(http, answer, params)
+
+    @routes.post("/generate", **shapes(GenerateRequest, GenerateShape, _LINES))
+    async def generate(http: Request) -> Response:
+        arrived, request = time.monotonic_ns(), await _read(service, http, GenerateRequest)
+        if not request.prompt:
+            return _loaded(service, request, response="")
+        answer, params = await _generation(service, request)
+        answer.arrived = arrived
+        return await service.respond(http, answer, params)
+
+    @routes.get("/tags", **shapes(None, OllamaModels))
+    async def tags() -> Response:
+        return JSONResponse({"models": [_model(service)]})
+
+    @routes.get("/ps", **shapes(None, OllamaModels))
+    async def running() -> Response:
+        model = _model(service)
+        on_gpu = model["size"] if service.engine.info.get("device", "cpu") != "cpu" else 0
+        more = {"expires_at": _NEVER, "size_vram": on_gpu, "context_length": service.engine.info["max_model_len"]}
+        return JSONResponse({"models": [model | more] if service.engine.is_alive else []})
+
+    @routes.post("/show", **shapes(ShowRequest, Shown))
+    async def show(http: Request) -> Response:
+        await _read(service, http, ShowRequest)
+        return JSONResponse(_shown(service))
+
+    @routes.get("/version", **shapes(None, Version))
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    return routes
+
+
+async def _read(service: Service, http: Request, kind: type[Any]) -> Any:
+    """The body. Ollama's users leave curl's content type as it is; a page in a browser, which is told by its origin, may not."""
+    return await service.read(http, kind, any_type="origin" not in http.headers)
+
+
+async def _generation(service: Service, request: GenerateRequest) -> tuple[GenerateAnswer, SamplingParams]:
+    """A prompt in the chat template, or as it is if it is raw."""
+    messages = [{"role": "system", "content": request.system}] if request.system else []
+    chat = request.chat(service, [*messages, {"role": "user", "content": request.prompt}])
+    if request.raw:
+        params, prompt = chat.params(service.defaults), Prompt(await service.encode(request.prompt, True, "prompt"), request.prompt)
+        answer = GenerateAnswer(f"generate-{uuid.uuid4().hex}", service.model, chat, [prompt], 1, service.engine.tokenizer)
+    else:
+        answer, params = await prepare(service, chat, GenerateAnswer, "generate-", _NAMES)
+    answer.prompts[0].token_ids = (request.context or []) + answer.prompts[0].token_ids
+    return answer, params
+
+
+def _loaded(service: Service, request: Asked, **empty: Any) -> Response:
+    """What a request for nothing gets: a client sees that the model is there."""
+    reason = "unload" if request.keep_alive in (0, "0") else "load"
+    return JSONResponse({"model": service.model, "created_at": _now(), **empty, "done": True, "done_reason": reason})
