@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
 MAX_KEEP_SECONDS = 3600
+POOLINGS = ("last", "mean")  # what an embedding may be made of: the last token's final hidden state, or the mean of all
 MAX_GRAMMAR_BYTES = 256 << 10  # of a schema, a grammar, a regular expression or all choices together
 STRUCTURED = "json json_object regex choice grammar structural_tag".split()
 
@@ -181,6 +182,8 @@ class Request:
     cached_tokens: int = 0  # of the first admission's prompt, found in the cache
     admission: Admission | None = None  # since it was first admitted
     preemptions: int = 0
+    pooling: str | None = None  # "last" or "mean": no text is wanted, but the prompt's hidden states pooled
+    pooled: list[float] = field(default_factory=list)  # their sum, chunk by chunk
     pages: Any = None  # cache/manager.py's record of the pages held
     constraint: Any = None  # engine/grammar.py's state of this sequence, where the output must have a structure
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # gathered chunk by chunk, if wanted
@@ -219,6 +222,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     copies: list[tuple[int, int, int]]  # (kind, source page, destination page)
     logprobs: int = -1  # most alternatives any row asks for; -1 = none wanted
     prompt_logprobs: list[int] = []  # batch entries whose prompt positions want logprobs
+    pooled: list[tuple[int, int]] = []  # (batch entry, how many of its last positions): sums of their hidden states are wanted
     constrained: list[int] = []  # batch entries that sample under a mask, which follows when the tokens before it are known
 
     @property
@@ -241,6 +245,7 @@ class StepResult(msgspec.Struct, array_like=True):
     tokens: list[list[int]]
     logprobs: list[list[TokenLogprobs]] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None  # batch entry -> one per position computed (the token at position + 1)
+    pooled: dict[int, list[float]] | None = None  # batch entry -> sum of hidden states
 
 
 # -------------------------------------------------------------------------------------------------------- messages
@@ -257,6 +262,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     cache_salt: str = ""
     output: list[int] = []  # what it had produced before the engine process was replaced; it goes on behind that
     seed: int | None = None  # the sequence's own, fixed by the sender so that a replacement draws the same tokens; None: by params
+    pooling: str | None = None  # "last" or "mean": the prompt's hidden states are wanted, and no output
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -294,6 +300,7 @@ class SequenceUpdate(msgspec.Struct, array_like=True):
     admission: Admission | None = None  # with the first token
     invalid: bool = False  # the error is the request's own fault; its text begins with the field's name
     complete: bool = False  # "stop" because nothing more may follow: the last token is part of the text
+    embedding: list[float] | None = None  # at the end of a sequence with `pooling`
 
 
 class Updates(msgspec.Struct, tag=True, array_like=True):
@@ -367,3 +374,21 @@ class RequestOutput:
     error: str | None = field(default=None)
     invalid: bool = False  # the error is the request's own fault; its text begins with the field's name
     admission: Admission | None = None
+    embedding: list[float] | None = None
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt's vector."""
+
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """An embedded prompt, in vLLM's shape."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True

@@ -49,7 +49,14 @@ class FakeEngine:
         self._abort.add(request_id)
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0, cache_salt: str = "", delta: bool = False
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+        delta: bool = False,
+        pooling: str | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         assert delta
         validate(prompt, params, self.info, self.tokenizer)
@@ -57,6 +64,10 @@ class FakeEngine:
         ids = [add.id for add in self.processor.add(request_id, None, prompt, params)]
         self.open.add(request_id)
         try:
+            if pooling is not None:
+                vector = [float(prompt[-1] if pooling == "last" else sum(prompt) / len(prompt)), 2.0, -1.0]
+                yield self.processor.process([SequenceUpdate(ids[0], [], "stop", cached_tokens=3, embedding=vector)])[0][0]
+                return
             text = self.tokenizer.decode(prompt, skip_special_tokens=False) if self.tokenizer else ""
             tokens = ([*self.tokenizer.encode(self.reply(text)), END] if self.tokenizer else [5, 6, 7])[: params.max_tokens]
             for i, token in enumerate(tokens):

@@ -101,6 +101,7 @@ class CacheManager:
         remain after it; `chunk` is the most tokens that a step will compute for it."""
         namespace = request.namespace if self.enabled else request.group
         wants_all = request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_len - 1
+        wants_all |= request.pooling == "mean"
         limit = 0 if wants_all else self._reusable(request)
         match = found = NO_MATCH if namespace is None else self.tree.match(namespace, request.tokens, limit)
         if not self._fits(request, match, chunk, headroom):

@@ -226,10 +226,12 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
         delta: bool = False,
+        pooling: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams a request's output, whole so far each time or (`delta`) only what is new. Leaving the iterator in any way aborts the request.
 
         Raises ValueError naming the field, before the first output, for a request that cannot run; EngineDeadError if the engine dies for good.
+        With `pooling` ("last" or "mean") there is one output, without tokens, and `embedding` in it: the prompt's pooled hidden states.
         If a process dies and another takes its place, the stream pauses."""
         text, ids = await self._prompt(prompt)
         validate(ids, params, self.info, self.tokenizer)
@@ -237,6 +239,7 @@ class AsyncEngine:
         request_id = request_id or uuid.uuid4().hex
         messages = self._processor.add(request_id, text, ids, params, priority, cache_salt)
         for index, message in enumerate(messages):
+            message.pooling = pooling
             message.seed = sequence_seed(params, index, self.config.seed, next(self._sequences))
         stream = self._streams[request_id] = _Stream()
         self._ledger.open(request_id, messages)

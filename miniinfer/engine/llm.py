@@ -14,9 +14,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from miniinfer.config import ConfigError, EngineConfig, read_generation_config
-from miniinfer.data import RequestOutput, SamplingParams
+from miniinfer.data import POOLINGS, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, SamplingParams
 from miniinfer.engine.core import EngineCore
-from miniinfer.engine.output import OutputProcessor, validate
+from miniinfer.engine.output import OutputProcessor, unit, validate
 from miniinfer.engine.text import Tokenizer
 from miniinfer.models.hub import resolve_folder
 
@@ -101,6 +101,28 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True, *, pooling: str = "last", normalize: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt: the final hidden state of its last token, or the mean over all (`pooling` "mean"); of length 1 if `normalize`."""
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        params, requests = SamplingParams(max_tokens=1), []
+        for i, prompt in enumerate([prompts] if _is_one(prompts) else list(prompts)):  # type: ignore[list-item]
+            text, ids = self._tokens(prompt)  # type: ignore[arg-type]
+            try:
+                validate(ids, params, self.info, self.tokenizer)
+            except ValueError as e:
+                raise ValueError(f"prompts[{i}]: {e}") from None
+            requests.append((text, ids, params, 0))
+        found: list[EmbeddingRequestOutput] = []
+        for output in self._run(requests, use_tqdm, pooling):
+            if output.embedding is None:
+                raise RuntimeError(f"the engine failed on prompts[{len(found)}]: {output.error}")
+            vector = EmbeddingOutput(unit(output.embedding, normalize=normalize))
+            found.append(EmbeddingRequestOutput(output.request_id, vector, output.prompt_token_ids))
+        return found
+
     def start_profile(self) -> None:
         """Begins a profile of the steps to come. ValueError unless the LLM was made with `profile`, a folder."""
         self.core.control("start_profile")
@@ -131,7 +153,9 @@ class LLM:
             raise ValueError("prompts: text needs a tokenizer, but the engine was made with skip_tokenizer_init=True; give token ids")
         return prompt, self.tokenizer.encode(prompt)
 
-    def _run(self, requests: list[tuple[str | None, list[int], SamplingParams, int]], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: list[tuple[str | None, list[int], SamplingParams, int]], use_tqdm: bool, pooling: str | None = None
+    ) -> list[RequestOutput]:
         """Adds everything, then steps until all have ended. Interrupted, it leaves the engine empty."""
         ids = [str(next(self._ids)) for _ in requests]
         finished: dict[str, RequestOutput] = {}
@@ -140,6 +164,7 @@ class LLM:
         try:
             for request_id, (text, prompt, params, priority) in zip(ids, requests, strict=True):
                 for message in self.processor.add(request_id, text, prompt, params, priority=priority):
+                    message.pooling = pooling
                     self._finish(self.core.add(message), finished, bar)
             while len(finished) < len(requests):
                 updates = self.core.step()

@@ -6,6 +6,7 @@ Owns the checks on a request that need the model's facts (`validate`), the state
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -190,6 +191,7 @@ class OutputProcessor:
                 result.outputs.append(sequence.output)
                 fresh.append(sequence)
             self._advance(sequence, sequence.output, update)
+            result.embedding = update.embedding or result.embedding
             result.error, result.invalid = update.error or result.error, update.invalid or result.invalid
             if sequence.index == 0:  # its siblings find the prompt in the cache because of it
                 result.num_cached_tokens = update.cached_tokens or result.num_cached_tokens
@@ -279,8 +281,16 @@ def merge(total: RequestOutput, delta: RequestOutput) -> None:
     total.finished = delta.finished
     total.error, total.invalid = delta.error or total.error, delta.invalid or total.invalid
     total.prompt_logprobs = delta.prompt_logprobs or total.prompt_logprobs
+    total.embedding = delta.embedding or total.embedding
     total.num_cached_tokens = delta.num_cached_tokens or total.num_cached_tokens
     total.admission = delta.admission or total.admission
+
+
+def unit(embedding: list[float], dimensions: int | None = None, normalize: bool = True) -> list[float]:
+    """The first dimensions of an embedding, of length 1."""
+    vector = embedding[:dimensions]
+    length = math.hypot(*vector) if normalize else 1.0
+    return [x / length for x in vector] if length else vector
 
 
 def snapshot(output: RequestOutput) -> RequestOutput:

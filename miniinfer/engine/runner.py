@@ -43,6 +43,7 @@ class Pending:
     done: torch.cuda.Event | None
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None
     prompt: dict[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
+    pooled: dict[int, Tensor] | None = None
     undrawn: tuple[Tensor, int] | None = None  # hidden states and the rows' flags
 
     def result(self) -> StepResult:
@@ -56,6 +57,8 @@ class Pending:
             result.logprobs = [[each] if s else [] for each, s in zip(_token_logprobs(*self.logprobs), plan.samples, strict=True)]
         if self.prompt is not None:
             result.prompt_logprobs = {b: [t for chunk in chunks for t in _token_logprobs(*chunk)] for b, chunks in self.prompt.items()}
+        if self.pooled is not None:
+            result.pooled = {b: sums.tolist() for b, sums in self.pooled.items()}
         return result
 
 
@@ -103,7 +106,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Pending:
         """Starts a step. On a GPU it returns at once; nothing in here waits for the device."""
         real, tokens = len(plan.rows), plan.num_tokens
-        padded = None if plan.prompt_logprobs else self.graphs.pad(tokens, real)
+        padded = None if plan.prompt_logprobs or plan.pooled else self.graphs.pad(tokens, real)
         pending = self._results.begin(plan)
         self.copy_pages(plan.copies)
         flags = self.rows.write(plan, padded[1] if padded else real)
@@ -121,6 +124,9 @@ class Runner:
             output = self._end(shape, hidden)
         if plan.prompt_logprobs:
             pending.prompt = self._prompt_logprobs(plan, hidden)
+        if plan.pooled:
+            ends = np.cumsum(plan.counts)
+            pending.pooled = {b: self._to_host(hidden[ends[b] - count : ends[b]].sum(0, dtype=torch.float32)) for b, count in plan.pooled}
         if plan.constrained:
             pending.undrawn = output, flags
             return pending

@@ -99,12 +99,13 @@ class Scheduler:
             tokens=[*message.prompt, *message.output],
             params=params,
             seed=0,
-            max_total=limit if params.max_tokens is None else min(size + params.max_tokens, limit),
+            max_total=size + 1 if message.pooling else limit if params.max_tokens is None else min(size + params.max_tokens, limit),
             stop_ids=(frozenset() if params.ignore_eos else self._eos) | frozenset(params.stop_token_ids or ()),
             key=(now + SECONDS_PER_PRIORITY * message.priority, self._arrivals),
             namespace=message.cache_salt,
             group=message.group,
             arrived=now,
+            pooling=message.pooling,
         )
         sibling = self._join_group(request)
         request.seed = sequence_seed(params, sibling, self._seed, self._arrivals) if message.seed is None else message.seed
@@ -353,6 +354,8 @@ class Scheduler:
                 self._counts["prompt_tokens"] += min(end, prompt_len) - start
                 if params.prompt_logprobs is not None and max(start, len(request.prompt_logprobs)) < prompt_len - 1:
                     plan.prompt_logprobs.append(len(samples) - 1)
+            if request.pooling == "mean" or (request.pooling is not None and samples[-1]):
+                plan.pooled.append((len(samples) - 1, count if request.pooling == "mean" else 1))
             if count > 1:  # known tokens: siblings and other requests can share them from the next plan on
                 self.cache.commit(request)
 
@@ -369,12 +372,14 @@ class Scheduler:
                 continue
             if prompt_logprobs and index in prompt_logprobs:
                 self._gather_prompt_logprobs(request, plan.starts[index], prompt_logprobs[index])
+            if result.pooled and index in result.pooled:
+                _pool(request, plan.starts[index], result.pooled[index])
             if sampled:
                 request.in_flight -= 1
                 update = self._append(request, result.tokens[index])
                 if logprobs is not None and request.params.logprobs is not None:
                     update.logprobs = _narrowed(logprobs[index][: len(update.token_ids)], request.params.logprobs)
-                updates.append(update)
+                updates.append(update if request.pooling is None else _embedding(request, update))
         if self._counts["finished"] != before:
             self._drop_finished()
         return updates
@@ -467,6 +472,18 @@ class Scheduler:
             _ensure(0 <= r.in_flight <= launched[r.id], "a token is in flight without a step")
             _ensure(r.computed <= len(r.tokens) + r.in_flight <= r.max_total, "a request has run past its end")
         _ensure(sum(g.alive for g in self._groups.values()) == sum(r.group is not None for r in everyone), "a group's size is wrong")
+
+
+def _pool(request: Request, start: int, sums: list[float]) -> None:
+    """Adds a chunk's sum of hidden states; a resumed request computes from the beginning again."""
+    have = request.pooled if start else []
+    request.pooled = [a + b for a, b in zip(have, sums, strict=True)] if have else sums
+
+
+def _embedding(request: Request, update: SequenceUpdate) -> SequenceUpdate:
+    """The end of a pooled sequence: its one token was never wanted."""
+    count = request.prompt_len if request.pooling == "mean" else 1
+    return SequenceUpdate(request.id, [], "stop", cached_tokens=update.cached_tokens, embedding=[x / count for x in request.pooled])
 
 
 def _narrowed(found: list[TokenLogprobs], alternatives: int) -> list[TokenLogprobs]:

@@ -62,6 +62,7 @@ class Answer:
 
     kind = event_kind = ""
     stream_type = "text/event-stream"
+    pooling: str | None = None  # embeddings: how the engine pools hidden states
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from miniinfer import __version__
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.serve import (
     anthropic,
+    embeddings,
     loads,
     ollama,
     openai,
@@ -66,6 +67,7 @@ def build_app(service: Service) -> FastAPI:
 
     closed = (
         openai.router(service),
+        embeddings.router(service),
         responses.router(service),
         tokens.router(service),
         anthropic.router(service),

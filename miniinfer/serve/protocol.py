@@ -85,7 +85,7 @@ _TOKEN: dict[str, Any] = {"type": "integer", "minimum": 0, "x-token-id": True}
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 _STOP = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 64}]}
 _TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
-_PROMPT = {
+PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
@@ -233,24 +233,26 @@ _PASSED_ON = tuple(f for f in SamplingParams.__struct_fields__ if f in Sampling.
 # ------------------------------------------------------------------------------------------------------- completions
 
 
+def list_of_prompts(value: Any) -> list[str] | list[list[int]]:
+    """A prompt in its four JSON shapes as a list of texts or of token id lists."""
+    prompts = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
+    if not isinstance(prompts, list) or not (
+        all(isinstance(p, str) for p in prompts) or all(isinstance(p, list) and all(type(t) is int for t in p) for p in prompts)
+    ):
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+    if not prompts or not all(prompts):
+        raise ValueError("must not be empty")
+    return prompts
+
+
 class CompletionRequest(Sampling):
     """/v1/completions. `prompts` is the prompt in its four JSON shapes, as a list of texts or of token id lists."""
 
-    prompt: Annotated[list[str] | list[list[int]], WithJsonSchema(_PROMPT)]
+    prompt: Annotated[list[str] | list[list[int]], WithJsonSchema(PROMPT_SCHEMA)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    @field_validator("prompt", mode="plain")
-    @classmethod
-    def _list_of_prompts(cls, value: Any) -> list[str] | list[list[int]]:
-        prompts = [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
-        if not isinstance(prompts, list) or not (
-            all(isinstance(p, str) for p in prompts) or all(isinstance(p, list) and all(type(t) is int for t in p) for p in prompts)
-        ):
-            raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
-        if not prompts or not all(prompts):
-            raise ValueError("must not be empty")
-        return prompts
+    _prompts = field_validator("prompt", mode="plain")(list_of_prompts)
 
     def params(self, defaults: dict[str, Any]) -> SamplingParams:
         """With `echo`, max_tokens 0 (score the prompt only) runs as 1 and its token is dropped by the caller."""

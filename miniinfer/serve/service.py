@@ -184,7 +184,7 @@ class Service:
         numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)
         sources = [
-            self.engine.generate(prompt.token_ids, params, request_id, priority, request.cache_salt, delta=True)
+            self.engine.generate(prompt.token_ids, params, request_id, priority, request.cache_salt, delta=True, pooling=answer.pooling)
             for request_id, prompt in zip(ids, answer.prompts, strict=True)
         ]
         deadline = self._at_deadline(ids, getattr(request, "timeout", None))

@@ -377,8 +377,8 @@ def test_context_overflow_has_its_code_and_figures(server: Server) -> None:
 def test_what_is_not_there(server: Server) -> None:
     status, body, _ = post(server, CHAT, {"messages": HELLO, "model": "gpt-9"})
     assert status == 404 and body["error"]["code"] == "model_not_found" and "gpt-9" in body["error"]["message"]
-    status, body, _ = post(server, "/v1/embeddings", {})
-    assert status == 404 and "/v1/embeddings" in body["error"]["message"]
+    status, body, _ = post(server, "/v1/nothing", {})
+    assert status == 404 and "/v1/nothing" in body["error"]["message"]
     status, body, _ = post(server, "/v1/models", {})
     assert status == 405 and body["error"]["type"] == "invalid_request_error"
     assert post(server, CHAT, b"{}", {"content-type": "text/plain"})[0] == 415
