@@ -1,0 +1,159 @@
+"""Nothing harms the neighbours, with the bundled model behind the real server: deaths of the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_process import ServerProcess, raw_request, stream, wait_for
+
+from miniinfer.models.hub import BUNDLED
+
+pytestmark = pytest.mark.skipif(not (BUNDLED / "model.safetensors").exists(), reason="this checkout carries no bundled model")
+RECOVERY_SECONDS = 5.0
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    running = ServerProcess("bundled", log, "--dtype", "auto", "--num-threads", "1", "--deterministic")
+    yield running
+    running.close()
+
+
+def asked(i: int, **more: Any) -> dict[str, Any]:
+    return {"model": "bundled", "prompt": f"Number {i}: once upon a time", "max_tokens": 200, "ignore_eos": True, "seed": i, **more}
+
+
+async def harmed(server: ServerProcess, requests: list[dict[str, Any]], number: int, after: float) -> tuple[list[str], float, float]:
+    """The streams' texts when the engine process gets a signal in the middle; the longest pause any of them saw, and how long /ready said no."""
+    tasks = [asyncio.create_task(stream(server.port, request)) for request in requests]
+    await asyncio.sleep(after)
+    os.kill(server.engine_pid(), number)
+    assert await asyncio.to_thread(wait_for, lambda: server.get("/ready")[0] == 503)
+    start = time.monotonic()
+    assert "restarting" in (await asyncio.to_thread(server.get, "/health"))[1]
+    assert await asyncio.to_thread(wait_for, lambda: server.get("/ready")[0] == 200)
+    away = time.monotonic() - start
+    done = await asyncio.gather(*tasks)
+    pauses = [max(b - a for a, b in zip(times, times[1:], strict=False)) for _, times in done]
+    return [text for text, _ in done], max(pauses), away
+
+
+@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, RECOVERY_SECONDS), (signal.SIGSTOP, RECOVERY_SECONDS + 3)])
+def test_streams_survive_the_engine_process(server: ServerProcess, number: int, limit: float) -> None:
+    async def body() -> None:
+        requests = [asked(i, temperature=0) for i in range(4)] + [asked(i, temperature=0.9, top_p=0.9, presence_penalty=0.5) for i in range(4)]
+        start = time.monotonic()
+        undisturbed = [text for text, _ in await asyncio.gather(*(stream(server.port, request) for request in requests))]
+        texts, pause, away = await harmed(server, requests, number, 0.4 * (time.monotonic() - start))
+        assert texts == undisturbed
+        print(f"signal {number}: no streams moved for {pause:.2f} s, /ready said no for {away:.2f} s")
+        assert away / 2 < pause <= limit  # in mid-stream, and short
+
+    asyncio.run(body())
+
+
+# -------------------------------------------------------------------------------------------------------- neighbours
+
+
+def latencies(server: ServerProcess) -> list[float]:
+    """Of one neighbour's short requests, one after the other, in milliseconds and in order of size."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body, found = json.dumps({"model": "bundled", "prompt": "Hello", "max_tokens": 4, "temperature": 0}), []
+    for _ in range(SAMPLES):
+        begin = time.monotonic()
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.read() and response.status == 200
+        found.append(1e3 * (time.monotonic() - begin))
+    connection.close()
+    return sorted(found)
+
+
+def connect(server: ServerProcess, receive_buffer: int = 4096) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", server.port))
+    return sock
+
+
+def trickled_heads(server: ServerProcess, stop: threading.Event) -> None:
+    socks = [connect(server) for _ in range(300)]
+    while not stop.wait(1.0):
+        for sock in socks:
+            with contextlib.suppress(OSError):
+                sock.sendall(b"GET /live HTTP/1.1\r\nx: y\r\n"[:1])
+
+
+def unread_answers(server: ServerProcess, stop: threading.Event) -> None:
+    """Long streams that have ended long since, but for the client that takes none of it."""
+    socks = [connect(server) for _ in range(50)]
+    for i, sock in enumerate(socks):
+        sock.sendall(raw_request({**asked(i), "max_tokens": 10, "stream": True}))
+    stop.wait()
+
+
+def header_floods(server: ServerProcess, stop: threading.Event) -> None:
+    while not stop.wait(0.2):
+        with contextlib.suppress(OSError), connect(server) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000)
+
+
+def large_bodies(server: ServerProcess, stop: threading.Event) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    while not stop.wait(0.2):
+        with contextlib.suppress(OSError), connect(server) as sock:
+            sock.sendall(head + b"content-length: 999999999\r\n\r\n" + b"x" * 100_000)
+
+
+def test_attackers_leave_their_neighbours_latency_alone(server: ServerProcess) -> None:
+    latencies(server)
+    before = latencies(server)
+    attacks: list[Callable[[ServerProcess, threading.Event], None]] = [trickled_heads, unread_answers, header_floods, large_bodies]
+    for attack in attacks:
+        stop = threading.Event()
+        thread = threading.Thread(target=attack, args=(server, stop))
+        thread.start()
+        time.sleep(1.0)
+        beside = latencies(server)
+        stop.set()
+        thread.join()
+        after = latencies(server)
+        quiet, before = sorted(before + after), after
+        (p50, p99), (with50, with99) = ((x[len(x) // 2], x[int(0.99 * len(x))]) for x in (quiet, beside))
+        print(f"{attack.__name__}: p50 {p50:.1f} -> {with50:.1f} ms, p99 {p99:.1f} -> {with99:.1f} ms")
+        assert with50 <= 2 * p50 + 10 and with99 <= 3 * p99 + 50  # generous: the machine is not ours alone
+    assert resident_mib(server.process.pid) < 1024
+
+
+def resident_mib(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_an_idle_server_costs_nothing(server: ServerProcess) -> None:
+    def cpu_seconds(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    latencies(server)
+    time.sleep(1.5)
+    pids = server.process.pid, server.engine_pid()
+    before = [cpu_seconds(pid) for pid in pids]
+    time.sleep(2.0)
+    for pid, at in zip(pids, before, strict=True):
+        assert cpu_seconds(pid) - at < 0.02 + 1e-9
