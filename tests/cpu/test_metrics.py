@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_fake import FakeEngine, Server
 
 from miniinfer import cli, utils
+from miniinfer.cache.manager import CacheManager
 from miniinfer.config import ConfigError
 from miniinfer.data import Admission, CompletionOutput, SamplingParams, SequenceUpdate
 from miniinfer.engine.text import Tokenizer
@@ -365,3 +366,13 @@ def test_a_miss_is_explained_on_request(server: Server, stream: bool) -> None:
     assert details(x_explain_cache="1") == explained and details(x_explain_cache="0") == {"cached_tokens": 3}
     body["explain_cache"] = True
     assert details() == explained
+
+
+def test_every_metric_and_reason_is_documented(server: Server) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    server.engine.info |= {"page_size": 16, "num_pages": [100]}
+    assert ask(server, CHAT, {"messages": []})[0] == 400
+    exported = {re.sub(r"_(bucket|sum|count)$", "", name.partition("{")[0]) for name in samples(ask(server, "/metrics")[2])}
+    assert set(re.findall(r"`((?:vllm:|miniinfer_)\w+)`", text)) == exported
+    reasons = text.partition("## Why")[2].partition("\n## ")[0]
+    assert set(re.findall(r'"(\w+)"', CacheManager.explain.__doc__ or "")) == set(re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE))
