@@ -9,7 +9,7 @@ const [WIDTH, HEIGHT] = [300, 90];
 
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 2 : value < 100 ? 1 : 0 });
 const whole = (value) => Math.round(value).toLocaleString("en");
-const percent = (value) => `${(value * 100).toFixed(value < 0.1 && value ? 1 : 0)} %`;
+const percent = (value) => `${(value * 100).toLocaleString("en", { maximumFractionDigits: value < 0.01 ? 2 : value < 0.1 ? 1 : 0 })} %`;
 const seconds = (value) => (value < 1 ? `${number(value * 1000)} ms` : `${value.toFixed(2)} s`);
 
 /** Each chart: title, what it means, how a value is written, and its lines as (now, the scrape before, the one a minute ago) => value. */
@@ -21,9 +21,10 @@ const CHARTS = [
   ["Requests", "in the batch, and waiting for a place", whole,
     { running: (now) => now.sum("num_requests_running"), waiting: (now) => now.sum("num_requests_waiting") }],
   ["KV cache", "share of the pages in use", percent, { used: (now) => now.sum("kv_cache_usage_perc") }, 1],
-  ["Prefix cache", "prompt tokens found, over the last minute", percent, { hits: hitRate }, 1],
+  ["Prefix cache", "hits over the last minute", percent, { found: hitRate }, 1],
   ["Batch", "tokens per step of the engine", number, { size: batch }],
-  ["Answers", "ended per second", number, { ended: (now, last) => rate(last, now, "request_success_total") }],
+  ["Answers", "per second", number,
+    { ended: (now, last) => rate(last, now, "request_success_total"), errors: (now, last) => rate(last, now, "request_errors_total") ?? 0 }],
 ];
 
 function percentiles(name) {
@@ -68,7 +69,7 @@ export class Live {
     this.timer = setTimeout(() => this.#tick(), INTERVAL);
     try {
       this.#take(new Scrape(await this.api.metrics(), Date.now(), this.model));
-      $("live-state").textContent = `every ${INTERVAL / 1000} s, the last ${SPAN / 60_000} minutes`;
+      $("live-state").textContent = `every ${INTERVAL / 1000} s while this page is seen`;
     } catch (error) {
       $("live-state").textContent = error.message;
     }
@@ -93,13 +94,14 @@ class Chart {
     this.area = svg("path", { class: "area" });
     this.cursor = svg("line", { class: "cursor", y1: 0, y2: HEIGHT });
     this.limit = h("span", { class: "limit" });
+    this.since = h("span");
     this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": title },
       this.area, ...this.paths.toReversed(), this.cursor);
     this.element = h("section", { class: "chart" },
       h("header", {}, h("h3", {}, title), h("span", { class: "faint" }, meaning)),
       h("p", { class: "values" }, names.map((name, i) => h("span", { class: `value value${i}` }, this.values[i],
         names.length > 1 && h("span", { class: "faint" }, ` ${name}`)))),
-      h("div", { class: "plot" }, this.limit, this.picture));
+      h("div", { class: "plot" }, this.limit, this.picture), h("footer", {}, this.since, h("span", {}, "now")));
     this.picture.addEventListener("pointermove", (event) => this.#point(event));
     this.picture.addEventListener("pointerleave", () => this.#draw());
   }
@@ -115,6 +117,7 @@ class Chart {
     if (!last) return;
     const highest = Math.max(this.top, ...this.points.flatMap((point) => point.values.map((value) => value ?? 0)));
     this.span = Math.min(SPAN, Math.max(last.time - this.points[0].time, RECENT));
+    this.since.textContent = `${Math.round(this.span / 6000) / 10} min ago`;
     const scale = this.top || round(highest) || 1;
     const x = ({ time }) => WIDTH - ((last.time - time) / this.span) * WIDTH;
     const y = (value) => HEIGHT - 1 - (value / scale) * (HEIGHT - 4);
