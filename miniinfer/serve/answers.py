@@ -46,6 +46,10 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def likelihood(self) -> float:
+        """The log-probability of all its tokens; needs logprobs."""
+        return sum(table[token].logprob for token, table in zip(self.token_ids, self.logprobs or (), strict=True))
+
     def add(self, delta: CompletionOutput) -> None:
         self.text.append(delta.text)
         self.token_ids += delta.token_ids
@@ -325,6 +329,17 @@ class CompletionAnswer(Answer):
         elif not (delta.text or delta.finish_reason or self.request.return_token_ids):
             return start
         return start + self._heads[index] + b'"text":' + encode(delta.text) + self._event_end(delta, logprobs)
+
+    def result(self) -> bytes:
+        kept = self.request.kept
+        if kept < self.n:  # best_of
+            groups = [self.choices[i : i + self.n] for i in range(0, len(self.choices), self.n)]
+            self.choices = [choice for group in groups for choice in sorted(group, key=Choice.likelihood, reverse=True)[:kept]]
+            self.n = kept
+            if self.request.logprobs is None:
+                for choice in self.choices:
+                    choice.logprobs = None
+        return super().result()
 
     def usage(self) -> dict[str, Any]:
         if self.request.only_prompt:

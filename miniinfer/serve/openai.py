@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer.data import SamplingParams
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
+from miniinfer.serve.infill import infill_ids
 from miniinfer.serve.parsers import Formats
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from miniinfer.serve.schemas import ChatCompletion, Completion, Model, ModelList, described
@@ -45,6 +46,16 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
     return answer, params
 
 
+async def _infill(service: Service, prompt: str, suffix: str, add_special_tokens: bool) -> list[int]:
+    """The tokens of a prompt with a gap behind it, after those that begin any text."""
+    begin = await service.encode("", add_special_tokens, "prompt")
+    parts = [await service.encode(prompt, False, "prompt"), await service.encode(suffix, False, "suffix")]
+    try:
+        return begin + infill_ids(service.engine.tokenizer, *parts)
+    except ValueError as e:
+        raise ApiError.from_value_error(e) from None
+
+
 def router(service: Service) -> APIRouter:
     """The routes below /v1."""
     routes = APIRouter(prefix="/v1")
@@ -61,7 +72,9 @@ def router(service: Service) -> APIRouter:
         params = request.params(service.defaults)
         prompts = []
         for given in request.prompt:
-            if isinstance(given, str):
+            if isinstance(given, str) and request.suffix:
+                prompts.append(Prompt(await _infill(service, given, request.suffix, request.add_special_tokens is not False), given))
+            elif isinstance(given, str):
                 prompts.append(Prompt(await service.encode(given, request.add_special_tokens is not False, "prompt"), given))
             else:
                 prompts.append(Prompt(given))

@@ -65,7 +65,7 @@ IGNORED = frozenset(
 )
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
-UNSUPPORTED = frozenset("audio best_of function_call functions moderation suffix web_search_options".split())
+UNSUPPORTED = frozenset("audio function_call functions moderation web_search_options".split())
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
@@ -249,6 +249,8 @@ class CompletionRequest(Sampling):
     """/v1/completions. `prompts` is the prompt in its four JSON shapes, as a list of texts or of token id lists."""
 
     prompt: Annotated[list[str] | list[list[int]], WithJsonSchema(PROMPT_SCHEMA)]
+    suffix: str | None = None  # the text after the one that is wanted, where the tokenizer has tokens for that
+    best_of: int | None = between(1, 128)  # so many are sampled, and the n likeliest returned
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -258,9 +260,26 @@ class CompletionRequest(Sampling):
         """With `echo`, max_tokens 0 (score the prompt only) runs as 1 and its token is dropped by the caller."""
         limit = 16 if self.max_tokens is None else self.max_tokens
         more: dict[str, Any] = {"max_tokens": 1 if self.only_prompt else limit, "logprobs": self.logprobs}
+        if self.best_of is not None and self.best_of > self.kept:
+            more |= {"n": self.best_of, "logprobs": self.logprobs or 0}
         if self.echo:
             more["prompt_logprobs"] = self.logprobs
         return self.sampling_params(defaults, **more)
+
+    @model_validator(mode="after")
+    def _best_of_what(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < self.kept:
+            _refuse("best_of", f"must be at least n ({self.kept}), got {self.best_of}")
+        if self.best_of is not None and self.best_of > self.kept and self.stream:
+            _refuse("best_of", "which is best is known at the end only; leave out stream, or best_of")
+        if self.suffix and not isinstance(self.prompt[0], str):
+            _refuse("suffix", "needs a prompt that is a text")
+        return self
+
+    @property
+    def kept(self) -> int:
+        """How many answers to each prompt the client gets."""
+        return self.n or 1
 
     @property
     def only_prompt(self) -> bool:

@@ -346,7 +346,7 @@ def test_structure_in_every_spelling(server: Server, fields: dict[str, Any], wan
 
 
 BAD_PROMPTS: list[Any] = [None, "", [], [""], ["a", ""], [[]], 7, ["a", 1], [1, "a"], [[1], "a"], [[1.5]], [True], {"a": 1}, [320], [-1]]
-BAD_FIELDS: dict[str, Any] = {"best_of": 2, "suffix": "x", "logprobs": 21, "echo": "yes", "max_tokens": 0, "min_tokens": -1, "messages": HELLO}
+BAD_FIELDS: dict[str, Any] = {"best_of": 0, "suffix": "x", "logprobs": 21, "echo": "yes", "max_tokens": 0, "min_tokens": -1, "messages": HELLO}
 
 
 @pytest.mark.parametrize("fields", [*({"prompt": p} for p in BAD_PROMPTS), *({k: v} for k, v in BAD_FIELDS.items())], ids=str)
