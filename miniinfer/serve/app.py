@@ -21,6 +21,7 @@ from miniinfer.serve import (
     ollama,
     openai,
     responses,
+    sglang,
     tokens,
     web,
 )
@@ -72,6 +73,7 @@ def build_app(service: Service) -> FastAPI:
         tokens.router(service),
         anthropic.router(service),
         ollama.router(service),
+        sglang.router(service),
         loads.router(service),
         control,
     )

@@ -57,7 +57,7 @@ def described(
     `stream`: the content type that it may answer with instead; `media` and `taken`: the content types of answer and body."""
     content: dict[str, Any] = {media: {"schema": _schema(answer, "serialization") if answer is not None else {}}}
     if stream is not None:
-        content[stream] = {"schema": _EVENT if stream == "text/event-stream" else {}}
+        content[stream] = {"schema": _EVENT if stream == "text/event-stream" else {"description": "JSON, one object a line"}}
     failed = {"content": {"application/json": {"schema": _schema(error, "serialization")}}}
     extra: dict[str, Any] = {
         "responses": {
