@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,15 @@ class Tokenizer:
         if not messages:
             raise ValueError("messages: must not be empty")
         given = {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables}
-        return template.render([_plain_message(m, i) for i, m in enumerate(messages)], given)
+        messages = [_plain_message(m, i, template) for i, m in enumerate(messages)]
+        parsed = [_with_arguments(m, _parsed_call) for m in messages]
+        try:
+            return template.render(parsed, given)
+        except ValueError:
+            written = [_with_arguments(m, _written_call) for m in messages]
+            if written == parsed:
+                raise
+        return template.render(written, given)  # some templates put arguments together with text
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -295,6 +304,9 @@ class ChatTemplate:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        # Some tell a message of calls alone by its content being null, to most of the others null is a text, "None".
+        self.tests_for_null = re.search(r"content['\"\]]*\s+is\s+(not\s+)?none", text) is not None
+        self.wants_thinking = re.search(r"\.thinking\b|['\"]thinking['\"]", text) is not None  # gpt-oss's name for reasoning
         self._compiled: jinja2.Template | None = None
 
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
@@ -310,8 +322,8 @@ class ChatTemplate:
             raise ValueError(f"messages: the chat template refuses them: {said}") from None
 
 
-def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates expect it: text content as one string, tool arguments as an object."""
+def _plain_message(message: dict[str, Any], index: int, template: ChatTemplate) -> dict[str, Any]:
+    """A message as its template expects it: text content as one string or, where there are calls only, perhaps null."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"messages: entry {index} must be an object with a 'role'")
     content, calls = message.get("content"), message.get("tool_calls")
@@ -321,17 +333,34 @@ def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
         message = {**message, "content": "".join(part["text"] for part in content)}
     elif content is not None and not isinstance(content, str):
         raise ValueError(f"messages: entry {index}: content must be text or a list of text parts, got {type(content).__name__}")
-    if calls:
-        message = {**message, "tool_calls": [_parsed_call(call) for call in calls]}
+    elif calls and not content:
+        message = {**message, "content": None if template.tests_for_null else ""}
+    if template.wants_thinking and message.get("reasoning_content") and not (calls and content):  # with both, gpt-oss's refuses
+        message = {**message, "thinking": message["reasoning_content"]}
     return message
 
 
+def _with_arguments(message: dict[str, Any], form: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A message whose tool calls' arguments are all of one form."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [form(call) for call in calls]} if calls else message
+
+
 def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    """With an object for arguments."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
-    except json.JSONDecodeError:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (json.JSONDecodeError, RecursionError):
         return call  # the model's own slip, given back to it as it wrote it
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _written_call(call: dict[str, Any]) -> dict[str, Any]:
+    """With JSON text for arguments."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": _to_json(function["arguments"])}}

@@ -192,6 +192,7 @@ TEMPLATES = {
         "add",
     ),
     "text content": ("{{ 'a' + messages[1].content + 'b' }}", "ab"),
+    "thinking": ("{{ messages[1].thinking }}{{ messages[0].thinking is defined }}", "Hmm.False"),
     "reasoning": ("{{ messages[1].reasoning_content }}", "Hmm."),
 }
 
