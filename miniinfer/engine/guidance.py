@@ -97,9 +97,9 @@ class Backend:
         make = llguidance.LLMatcher
         match kind:
             case "json":
-                if json.loads(wanted.text) in (True, False):
-                    return make.grammar_from_json_schema(wanted.text)
-                return make.grammar_from_json_schema(wanted.text, overrides=WHITE_SPACE)  # type: ignore[arg-type]
+                schema = _sound(json.loads(wanted.text))
+                overrides = WHITE_SPACE if isinstance(schema, dict) else None
+                return make.grammar_from_json_schema(json.dumps(schema), overrides=overrides)  # type: ignore[arg-type]
             case "json_object":
                 return make.grammar_from_json_schema('{"type": "object"}', overrides=WHITE_SPACE)  # type: ignore[arg-type]
             case "regex":
@@ -109,6 +109,23 @@ class Backend:
             case "grammar":
                 return make.grammar_from_lark(any_to_lark(wanted.text))
         return make.grammar_from_lark(_Tags(self._tokenizer).lark(json.loads(wanted.text)))
+
+
+def _sound(schema: Any) -> Any:
+    """llguidance 1.9 takes the bound itself for a number beyond an exclusive, integral bound if the range is narrower than one: there the bound moves
+    in by a millionth of the range."""
+    if isinstance(schema, list):
+        return [_sound(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {k: v if k in ("const", "enum", "default", "examples") else _sound(v) for k, v in schema.items()}
+    lows = [schema[k] for k in ("minimum", "exclusiveMinimum") if isinstance(schema.get(k), int | float)]
+    highs = [schema[k] for k in ("maximum", "exclusiveMaximum") if isinstance(schema.get(k), int | float)]
+    if lows and highs and 0 < max(highs) - min(lows) < 1:
+        for key, inward in (("exclusiveMinimum", 1e-6), ("exclusiveMaximum", -1e-6)):
+            if isinstance(schema.get(key), int | float) and float(schema[key]).is_integer():
+                schema[key] += inward * (max(highs) - min(lows))
+    return schema
 
 
 def _unanchored(pattern: str) -> str:
@@ -217,7 +234,7 @@ class _Tags:
 
 def _schema(schema: dict[str, Any] | bool) -> str:
     if isinstance(schema, dict):
-        schema = {**schema, "x-guidance": WHITE_SPACE}
+        schema = {**_sound(schema), "x-guidance": WHITE_SPACE}
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 
