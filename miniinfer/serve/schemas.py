@@ -145,11 +145,16 @@ class CachedTokens(Shape):
     cached_tokens: int
 
 
+class ReasoningTokens(Shape):
+    reasoning_tokens: int
+
+
 class UsageShape(Shape):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens | None = None
 
 
 class FunctionShape(Shape):
@@ -166,6 +171,8 @@ class ToolCallShape(Shape):
 class MessageShape(Shape):
     role: str
     content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCallShape] | None = None
 
 
