@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from miniinfer.data import CompletionOutput, RequestOutput, SamplingParams
+    from miniinfer.data import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
     from miniinfer.engine.client import AsyncEngine
     from miniinfer.engine.llm import LLM
 
@@ -14,12 +14,13 @@ __version__ = "0.1.0"
 # (the API, a client) that makes a step fifty times slower. OpenMP's runtime reads this when torch loads it; a user's own setting stands.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "miniinfer.engine.llm",
     "AsyncEngine": "miniinfer.engine.client",
     "SamplingParams": "miniinfer.data",
+    "StructuredOutputsParams": "miniinfer.data",
     "RequestOutput": "miniinfer.data",
     "CompletionOutput": "miniinfer.data",
 }
