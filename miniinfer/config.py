@@ -415,6 +415,7 @@ class ServerConfig:
 
     host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = opt(8000, "port to listen on")
+    grpc_port: int | None = opt(None, "port for the API over gRPC as well, 0 for any free one; needs miniinfer[grpc]")
     served_model_name: str | None = opt(None, "model name in the API (the folder's or hub name if not given)")
     api_key: list[str] | None = opt(None, "clients must send this key, or one of several: give the option again, or a list with commas")
     api_keys_file: str | None = opt(None, "TOML or JSON file of keys, with a name and perhaps rates and a priority for each")

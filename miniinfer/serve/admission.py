@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -53,7 +53,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            token = caller.set(self._identify(scope))
+            headers = dict(reversed(scope["headers"]))  # of several the first counts
+            keys = None if is_open(scope["path"]) else self._keys
+            token = caller.set(identify(keys, headers, counted=scope["method"] == "POST"))
         except ApiError as e:
             response = await self._refuse(Request(scope), e)
             await response(scope, receive, send)
@@ -63,25 +65,26 @@ class Guard:
         finally:
             caller.reset(token)
 
-    def _identify(self, scope: Scope) -> Caller:
-        headers = dict(reversed(scope["headers"]))  # of several the first counts
-        client = None
-        if self._keys is not None and not is_open(scope["path"]):
-            client = self._keys.find(_key(headers))
-            if client is None:
-                raise ApiError(
-                    401,
-                    "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
-            if client.requests is not None and scope["method"] == "POST":
-                wait = client.requests.wait(1)
-                if wait:
-                    raise _too_many(f"the key's {client.requests.per_minute} requests a minute are used up", wait)
-                client.requests.take(1)
-        seconds = deadline_seconds(headers.get(DEADLINE_HEADER))
-        return Caller(client, None if seconds is None else asyncio.get_running_loop().time() + seconds)
+
+def identify(keys: Keys | None, headers: Mapping[bytes, bytes], counted: bool = True) -> Caller:
+    """Who sends these headers. ApiError 401 without one of the keys, 429 if its requests are used up (`counted`: this is one of them)."""
+    client = None
+    if keys is not None:
+        client = keys.find(_key(headers))
+        if client is None:
+            raise ApiError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        if client.requests is not None and counted:
+            wait = client.requests.wait(1)
+            if wait:
+                raise _too_many(f"the key's {client.requests.per_minute} requests a minute are used up", wait)
+            client.requests.take(1)
+    seconds = deadline_seconds(headers.get(DEADLINE_HEADER))
+    return Caller(client, None if seconds is None else asyncio.get_running_loop().time() + seconds)
 
 
 def is_open(path: str) -> bool:
@@ -89,7 +92,7 @@ def is_open(path: str) -> bool:
     return path in OPEN or path == PAGE[0] or path.startswith(PAGE[1])
 
 
-def _key(headers: dict[bytes, bytes]) -> bytes:
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 

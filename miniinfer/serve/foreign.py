@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from miniinfer.data import CompletionOutput, SamplingParams
-from miniinfer.serve.answers import ChatAnswer, Choice, encode
+from miniinfer.serve.answers import ChatAnswer, Choice
 from miniinfer.serve.openai import chat_answer
 from miniinfer.serve.parsers import CallArguments, CallStart, Content, Reasoning
-from miniinfer.serve.protocol import ApiError, ChatRequest, parse
+from miniinfer.serve.protocol import ApiError, ChatRequest, checked
 from miniinfer.serve.service import Service
 
 F = TypeVar("F", bound="ForeignAnswer")
@@ -22,7 +22,7 @@ F = TypeVar("F", bound="ForeignAnswer")
 def chat_request(fields: dict[str, Any], names: dict[str, str]) -> ChatRequest:
     """A conversation in OpenAI's fields, checked. `names` are the API's own names of fields, for errors."""
     try:
-        return parse(ChatRequest, encode(fields))
+        return checked(ChatRequest, fields)
     except ApiError as e:
         raise renamed(e, names) from None
 

@@ -38,6 +38,9 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         from miniinfer.serve import tracing
 
         tracing.check(server.otlp_endpoint)
+    if server.grpc_port is not None:
+        from miniinfer.serve import grpc  # noqa: F401  it says what is missing
+
     with contextlib.closing(_bind(server.host, server.port)) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(engine, server, listener))
@@ -55,13 +58,26 @@ async def _run(config: EngineConfig, server_config: ServerConfig, listener: sock
         service = parts.Service(engine, server_config, model_name(config.model, server_config), sampling_defaults(engine.info))
         server = parts.Server(service, listener)
         signals.stop = server.stop
+        remote = await _start_grpc(service, server_config)
         throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(service.metrics, lambda: engine.stats))
         await server.serve(sockets=[listener])
         if throughput is not None:
             throughput.cancel()
+        if remote is not None:
+            await remote.stop(parts.DRAIN_SECONDS)
         return 0
     finally:
         await engine.shutdown()
+
+
+async def _start_grpc(service: Any, config: ServerConfig) -> Any:
+    if config.grpc_port is None:
+        return None
+    from miniinfer.serve import grpc
+
+    remote, port = await grpc.start(service, config.host, config.grpc_port)
+    print(f"{service.model} is ready over gRPC at {config.host}:{port}", flush=True)
+    return remote
 
 
 def _import_server() -> ModuleType:

@@ -21,7 +21,7 @@ from miniinfer import __version__
 from miniinfer.data import MAX_LOGPROBS, CompletionOutput, Logprob, SamplingParams
 from miniinfer.serve.answers import Answer, Choice, Prompt, Table, encode
 from miniinfer.serve.foreign import renamed
-from miniinfer.serve.protocol import ApiError, CompletionRequest, Strict, TokenIds, between, parse
+from miniinfer.serve.protocol import ApiError, CompletionRequest, Strict, TokenIds, between, checked
 from miniinfer.serve.schemas import Shape, State, described
 from miniinfer.serve.service import Service
 
@@ -108,7 +108,7 @@ class SglangRequest(Strict):
         """The same as a completion, which has its checks."""
         sampling = self.sampling_params[0] if isinstance(self.sampling_params, list) else self.sampling_params
         try:
-            request = parse(CompletionRequest, encode({"prompt": self.prompts, "stream": self.stream} | sampling.completion()))
+            request = checked(CompletionRequest, {"prompt": self.prompts, "stream": self.stream} | sampling.completion())
             params = request.params(service.defaults)
         except ApiError as e:
             names = _NAMES | {"prompt": "text" if self.text is not None else "input_ids", "structured_outputs": "sampling_params"}
@@ -241,7 +241,7 @@ def router(service: Service) -> APIRouter:
     async def health_generate() -> Response:
         """Does the engine make a token, in reasonable time."""
         params = SamplingParams(max_tokens=1, temperature=0)
-        request = parse(CompletionRequest, encode({"prompt": [[0]]}))
+        request = checked(CompletionRequest, {"prompt": [[0]]})
         try:
             async with asyncio.timeout(HEALTH_SECONDS), aclosing(service.items(_answer(service, request, params, [Prompt([0])]), params)) as items:
                 async for _ in items:

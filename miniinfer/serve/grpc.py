@@ -1,0 +1,185 @@
+"""The API over gRPC, as an option: generate, model info, and gRPC's standard health service. Owns its messages' meaning and its statuses.
+
+The same engine, admission and keys as over HTTP. Messages come from proto/api.binpb, compiled from the .proto files beside it, so that neither
+generated code nor its compiler's version matters. Imported only where the option is given: grpcio and protobuf are the extra miniinfer[grpc].
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from miniinfer import __version__
+from miniinfer.config import ConfigError
+from miniinfer.data import CompletionOutput, SamplingParams
+from miniinfer.serve.admission import caller, identify
+from miniinfer.serve.answers import Answer, Prompt
+from miniinfer.serve.protocol import ApiError, CompletionRequest, checked
+from miniinfer.serve.service import Service, as_api_error
+from miniinfer.utils import get_logger
+
+try:
+    import grpc
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+except ImportError as e:
+    raise ConfigError(f"grpc_port: needs grpcio and protobuf ({e}); pip install 'miniinfer[grpc]'") from None
+
+log = get_logger(__name__)
+
+DESCRIPTORS = Path(__file__).parent / "proto" / "api.binpb"
+SERVICE, HEALTH = "miniinfer.v1.MiniInfer", "grpc.health.v1.Health"
+WATCH_SECONDS = 1.0  # how often a watched health is looked at
+_STRUCTURED = ("json", "regex", "grammar")
+_STATUS = {
+    401: grpc.StatusCode.UNAUTHENTICATED, 403: grpc.StatusCode.PERMISSION_DENIED, 404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED, 429: grpc.StatusCode.RESOURCE_EXHAUSTED, 500: grpc.StatusCode.INTERNAL,
+    503: grpc.StatusCode.UNAVAILABLE,
+}  # fmt: skip
+
+
+class Api:
+    """Every message and method of the .proto files, in a pool of their own: an application may have its own copy of the health service."""
+
+    def __init__(self) -> None:
+        self._pool = descriptor_pool.DescriptorPool()
+        for file in descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTORS.read_bytes()).file:
+            self._pool.Add(file)
+
+    def message(self, name: str) -> Any:
+        """A message's class by its full name."""
+        return message_factory.GetMessageClass(self._pool.FindMessageTypeByName(name))
+
+    def handlers(self, service: str, behaviours: dict[str, Callable[..., Any]]) -> grpc.GenericRpcHandler:
+        """A service over its methods' functions."""
+        methods = {}
+        for method in self._pool.FindServiceByName(service).methods:
+            make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+            taken, given = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+            methods[method.name] = make(behaviours[method.name], taken.FromString, given.SerializeToString)
+        return grpc.method_handlers_generic_handler(service, methods)
+
+
+class GrpcAnswer(Answer):
+    """Counts; what is sent is made from each delta."""
+
+
+class _Methods:
+    """What the methods do."""
+
+    def __init__(self, service: Service, api: Api) -> None:
+        self._service = service
+        self._response, self._info = api.message("miniinfer.v1.GenerateResponse"), api.message("miniinfer.v1.ModelInfoResponse")
+        self._health = api.message("grpc.health.v1.HealthCheckResponse")
+
+    async def generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:
+        """Leaving this generator, as a deadline or a cancellation makes us do, aborts the request."""
+        try:
+            self._identify(context)
+            answer, params = await self._prepare(request)
+            async with aclosing(self._service.items(answer, params)) as items:
+                async for item in items:
+                    for delta in item.outputs:
+                        yield self._shown(answer, delta)
+        except Exception as e:
+            await _fail(context, e)
+
+    async def model_info(self, request: Any, context: Any) -> Any:
+        try:
+            self._identify(context)
+        except Exception as e:
+            await _fail(context, e)
+        info = self._service.engine.info
+        return self._info(model=self._service.model, max_model_len=info["max_model_len"], vocab_size=info["vocab_size"], server_version=__version__)
+
+    async def check(self, request: Any, context: Any) -> Any:
+        if request.service not in ("", SERVICE, HEALTH):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+        return self._health(status=self._state())
+
+    async def watch(self, request: Any, context: Any) -> AsyncGenerator[Any]:
+        """The state, and then every change of it."""
+        known, last = request.service in ("", SERVICE, HEALTH), None
+        while True:
+            state = self._state() if known else "SERVICE_UNKNOWN"
+            if state != last:
+                last = state
+                yield self._health(status=state)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _state(self) -> str:
+        return "SERVING" if self._service.engine.is_alive and not self._service.draining else "NOT_SERVING"
+
+    def _identify(self, context: Any) -> None:
+        """Whose call it is, as the guard of HTTP finds out."""
+        headers = {key.encode(): value.encode() if isinstance(value, str) else value for key, value in reversed(context.invocation_metadata())}
+        caller.set(identify(self._service.keys, headers))
+
+    async def _prepare(self, request: Any) -> tuple[GrpcAnswer, SamplingParams]:
+        """The request as a completion, which has its checks."""
+        service, kind = self._service, request.WhichOneof("prompt")
+        service.admit(0)
+        if request.model:
+            service.check_model(request.model)
+        if kind is None:
+            raise ApiError(400, "prompt: one of text, token_ids and conversation must be set", param="prompt")
+        sampling = {field.name: value if not field.is_repeated else list(value) for field, value in request.sampling.ListFields()}
+        wanted = {name: sampling.pop(name) for name in _STRUCTURED if name in sampling}
+        fields = sampling | ({"structured_outputs": wanted} if wanted else {}) | {"priority": request.priority, "cache_salt": request.cache_salt}
+        if kind == "conversation":
+            messages = [{"role": message.role, "content": message.content} for message in request.conversation.messages]
+            prompt = await service.chat_prompt(messages)
+        elif kind == "text":
+            prompt = Prompt(await service.encode(request.text, True, "text"), request.text)
+        else:
+            prompt = Prompt(list(request.token_ids.ids))
+        checked_fields = checked(CompletionRequest, {**fields, "prompt": [prompt.token_ids]})
+        params = checked_fields.params(service.defaults)
+        service.check_length(prompt, params.max_tokens)
+        return GrpcAnswer(f"grpc-{uuid.uuid4().hex}", service.model, checked_fields, [prompt], params.n, service.engine.tokenizer), params
+
+    def _shown(self, answer: GrpcAnswer, delta: CompletionOutput) -> Any:
+        response = self._response(index=delta.index, text=delta.text, token_ids=delta.token_ids, finish_reason=delta.finish_reason or "")
+        if delta.logprobs is not None:
+            response.logprobs.extend(table[token].logprob for token, table in zip(delta.token_ids, delta.logprobs, strict=True))
+        if delta.finish_reason is not None:
+            (prompt,) = answer.prompts
+            usage = response.usage
+            usage.prompt_tokens, usage.cached_tokens = len(prompt.token_ids), prompt.cached_tokens
+            usage.completion_tokens = answer.completion_tokens
+            response.stop_reason = "" if delta.stop_reason is None else str(delta.stop_reason)
+        return response
+
+
+async def _fail(context: Any, error: Exception) -> None:
+    """Ends a call with the status that stands for the error. What gRPC raises to end a call goes through."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    shown = as_api_error(error)
+    if shown.status == 500:
+        log.error("a gRPC call failed", exc_info=error)
+    wait = (shown.headers or {}).get("retry-after")
+    await context.abort(_STATUS.get(shown.status, grpc.StatusCode.INVALID_ARGUMENT), shown.message, (("retry-after", wait),) if wait else ())
+
+
+async def start(service: Service, host: str, port: int) -> tuple[Any, int]:
+    """A running gRPC server and its port. ConfigError if the port is taken."""
+    api = Api()
+    methods = _Methods(service, api)
+    options = [("grpc.max_receive_message_length", service.config.max_body_mib << 20), ("grpc.so_reuseport", 0)]
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers(
+        (
+            api.handlers(SERVICE, {"Generate": methods.generate, "ModelInfo": methods.model_info}),
+            api.handlers(HEALTH, {"Check": methods.check, "Watch": methods.watch}),
+        )
+    )
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError as e:
+        raise ConfigError(f"grpc_port: cannot listen on {host}:{port} ({e})") from None
+    await server.start()
+    return server, bound
