@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miniinfer.data import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
+    from miniinfer.engine.beam import BeamSearchParams
     from miniinfer.engine.client import AsyncEngine
     from miniinfer.engine.llm import LLM
 
@@ -14,11 +15,12 @@ __version__ = "0.1.0"
 # (the API, a client) that makes a step fifty times slower. OpenMP's runtime reads this when torch loads it; a user's own setting stands.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "AsyncEngine", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "miniinfer.engine.llm",
     "AsyncEngine": "miniinfer.engine.client",
+    "BeamSearchParams": "miniinfer.engine.beam",
     "SamplingParams": "miniinfer.data",
     "StructuredOutputsParams": "miniinfer.data",
     "RequestOutput": "miniinfer.data",

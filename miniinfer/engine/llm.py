@@ -14,7 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from miniinfer.config import ConfigError, EngineConfig, read_generation_config
-from miniinfer.data import POOLINGS, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, SamplingParams
+from miniinfer.data import POOLINGS, EmbeddingOutput, EmbeddingRequestOutput, Logprob, RequestOutput, SamplingParams
+from miniinfer.engine.beam import BeamSearch, BeamSearchParams
 from miniinfer.engine.core import EngineCore
 from miniinfer.engine.output import OutputProcessor, unit, validate
 from miniinfer.engine.text import Tokenizer
@@ -100,6 +101,26 @@ class LLM:
             )
             prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """The `beam_width` best continuations of each prompt, best first, as the outputs of a RequestOutput."""
+        searches, texts = [], []
+        for i, prompt in enumerate([prompts] if _is_one(prompts) else list(prompts)):  # type: ignore[list-item]
+            text, ids = self._tokens(prompt)  # type: ignore[arg-type]
+            try:
+                validate(ids, params.step_params(), self.info, self.tokenizer)
+            except ValueError as e:
+                raise ValueError(f"prompts[{i}]: {e}") from None
+            searches.append(BeamSearch(ids, params, self.info["eos_token_ids"], self.info["max_model_len"]))
+            texts.append(text)
+        while open_ := [search for search in searches if not search.done]:
+            requests: list[tuple[str | None, list[int], SamplingParams, int]]
+            requests = [(None, ids, params.step_params(), 0) for search in open_ for ids in search.prompts()]
+            outputs = iter(self._run(requests, use_tqdm=False))
+            for search in open_:
+                search.advance([_first_table(next(outputs)) for _ in search.beams])
+        found = zip(searches, texts, strict=True)
+        return [RequestOutput(str(next(self._ids)), text, s.prompt, s.best(self.tokenizer, 2 * params.beam_width), True) for s, text in found]
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True, *, pooling: str = "last", normalize: bool = True
@@ -191,6 +212,14 @@ class LLM:
             finished[output.request_id] = output
         bar.update(len(ended))
         return len(ended)
+
+
+def _first_table(output: RequestOutput) -> dict[int, Logprob]:
+    """The log-probabilities of a request's one token."""
+    tables = output.outputs[0].logprobs
+    if not tables:
+        raise RuntimeError(f"the engine failed on a beam: {output.error}")
+    return tables[0]
 
 
 def _is_one(prompts: Any) -> bool:

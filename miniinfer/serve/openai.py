@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer.data import SamplingParams
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
+from miniinfer.serve.beams import beam_answer
 from miniinfer.serve.infill import infill_ids
 from miniinfer.serve.parsers import Formats
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
@@ -64,6 +65,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/chat/completions", **described(ChatRequest, ChatCompletion, stream="text/event-stream"))
     async def chat(http: Request) -> Response:
         answer, params = await chat_answer(service, await service.read(http, ChatRequest), ChatAnswer, "chatcmpl-")
+        if answer.request.use_beam_search:
+            return await service.reply(http, beam_answer(service, answer, params), answer.id)
         return await service.respond(http, answer, params)
 
     @routes.post("/completions", **described(CompletionRequest, Completion, stream="text/event-stream"))
@@ -79,6 +82,8 @@ def router(service: Service) -> APIRouter:
             else:
                 prompts.append(Prompt(given))
         answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, engine.tokenizer)
+        if request.use_beam_search:
+            return await service.reply(http, beam_answer(service, answer, params), answer.id)
         return await service.respond(http, answer, params)
 
     @routes.get("/models", **described(answer=ModelList))

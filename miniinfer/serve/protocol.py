@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, from_json
 
 from miniinfer.data import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from miniinfer.engine.beam import MAX_WIDTH, BeamSearchParams
 from miniinfer.serve import structured, tools_grammar
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -65,6 +66,8 @@ IGNORED = frozenset(
 )
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
+_NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens guided_json guided_regex guided_choice".split()
+_NOT_WITH_BEAMS += ["guided_grammar", "structured_outputs"]
 UNSUPPORTED = frozenset("audio function_call functions moderation web_search_options".split())
 
 
@@ -161,6 +164,9 @@ class Sampling(Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = Field(None, ge=1, le=MAX_WIDTH)
+    length_penalty: float = Field(1.0, ge=-100, le=100)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     timeout: float | None = Field(None, gt=0, le=604800, description="seconds after which the request ends with an error")
     cache_salt: str = Field("", max_length=256)
@@ -213,6 +219,38 @@ class Sampling(Strict):
             _refuse("stream_options", "only allowed when stream is true")
         return self
 
+    @model_validator(mode="after")
+    def _beams(self) -> Sampling:
+        if not self.use_beam_search:
+            for name in ("beam_width", "length_penalty"):
+                if getattr(self, name) not in (None, 1.0):
+                    _refuse(name, "needs use_beam_search")
+            return self
+        if self.stream:
+            _refuse("stream", "beam search knows its answers at the end only; leave out stream, or use_beam_search")
+        for name in _NOT_WITH_BEAMS:
+            if getattr(self, name):
+                _refuse(name, "not possible with use_beam_search, which looks for the likeliest tokens as the model has them")
+        return self
+
+    def beam_search_params(self, max_tokens: int) -> BeamSearchParams | None:
+        """The search that is asked for, if one is: as wide as `beam_width`, or else `best_of`, or else n."""
+        if not self.use_beam_search:
+            return None
+        n = self.n or 1
+        width = self.beam_width or getattr(self, "best_of", None) or n
+        if width < n:
+            _refuse("beam_width", f"must be at least n ({n}), got {width}")
+        if width > MAX_WIDTH:
+            _refuse("n", f"a beam search is at most {MAX_WIDTH} wide, got {width}")
+        return BeamSearchParams(
+            beam_width=width,
+            max_tokens=max_tokens,
+            ignore_eos=bool(self.ignore_eos),
+            length_penalty=self.length_penalty,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+        )
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -260,7 +298,7 @@ class CompletionRequest(Sampling):
         """With `echo`, max_tokens 0 (score the prompt only) runs as 1 and its token is dropped by the caller."""
         limit = 16 if self.max_tokens is None else self.max_tokens
         more: dict[str, Any] = {"max_tokens": 1 if self.only_prompt else limit, "logprobs": self.logprobs}
-        if self.best_of is not None and self.best_of > self.kept:
+        if self.best_of is not None and self.best_of > self.kept and not self.use_beam_search:
             more |= {"n": self.best_of, "logprobs": self.logprobs or 0}
         if self.echo:
             more["prompt_logprobs"] = self.logprobs

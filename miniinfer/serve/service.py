@@ -152,10 +152,14 @@ class Service:
         headers = {"x-request-id": answer.id}
         items = self.items(answer, params)
         if not answer.request.stream:
-            return Response(await _unless_gone(http, _collect(items, answer)), media_type="application/json", headers=headers)
+            return await self.reply(http, _collect(items, answer), answer.id)
         # The status line waits for the first news, so that whatever the engine refuses still gets its own status.
         first = await _unless_gone(http, anext(items))
         return EventStream(self._events(first, items, answer), items, answer.stream_type, {**headers, "cache-control": "no-cache"})
+
+    async def reply(self, http: Request, work: Coroutine[Any, Any, bytes], request_id: str) -> Response:
+        """The JSON that some work results in; the work is given up if the client goes away."""
+        return Response(await _unless_gone(http, work), media_type="application/json", headers={"x-request-id": request_id})
 
     async def _events(self, first: RequestOutput, items: AsyncGenerator[RequestOutput], answer: Answer) -> AsyncGenerator[bytes]:
         try:
