@@ -182,6 +182,9 @@ class Request:
     cached_tokens: int = 0  # of the first admission's prompt, found in the cache
     admission: Admission | None = None  # since it was first admitted
     preemptions: int = 0
+    reused: int = 0  # of the present admission's tokens, found in the cache
+    stale: int = 0  # tokens in flight that are to be dropped
+    alone: bool = False  # takes nothing from the prefix cache: with what it found there its logits were not finite
     pooling: str | None = None  # "last" or "mean": no text is wanted, but the prompt's hidden states pooled
     pooled: list[float] = field(default_factory=list)  # their sum, chunk by chunk
     pages: Any = None  # cache/manager.py's record of the pages held

@@ -101,7 +101,7 @@ class CacheManager:
         remain after it; `chunk` is the most tokens that a step will compute for it."""
         namespace = request.namespace if self.enabled else request.group
         wants_all = request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < request.prompt_len - 1
-        wants_all |= request.pooling == "mean"
+        wants_all |= request.pooling == "mean" or request.alone
         limit = 0 if wants_all else self._reusable(request)
         match = found = NO_MATCH if namespace is None else self.tree.match(namespace, request.tokens, limit)
         if not self._fits(request, match, chunk, headroom):
@@ -207,6 +207,20 @@ class CacheManager:
                     self._give_up(pages, k, i)
             if i < len(pages.nodes):
                 self.tree.unlock(pages.nodes[i])
+        if pages.top is not None:
+            self.tree.unlock(pages.top)
+        request.pages = None
+
+    def discard(self, request: Request) -> None:
+        """Takes everything from a request whose values cannot be trusted. Nothing on its path stays in the tree but what others are using."""
+        pages: Pages = request.pages
+        for i in range(max(map(len, pages.tables)) - 1, -1, -1):
+            for k, table in enumerate(pages.tables):
+                if i < len(table) and table[i]:
+                    self._give_up(pages, k, i)
+            if i < len(pages.nodes):
+                self.tree.unlock(pages.nodes[i])
+                self.tree.drop_unused(pages.nodes[i])
         if pages.top is not None:
             self.tree.unlock(pages.top)
         request.pages = None

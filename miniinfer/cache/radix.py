@@ -297,6 +297,12 @@ class RadixTree:
         for node in reversed(list(self.walk(top))):  # children before parents
             self._remove(node)
 
+    def drop_unused(self, node: Node) -> None:
+        """Drops a node and what is below it, unless somebody uses it."""
+        if node.users == 0 and node.pages:
+            for each in reversed(list(self.walk(node))):  # children before parents
+                self._remove(each)
+
     def walk(self, node: Node) -> Iterator[Node]:
         """A node and everything below it, parents first."""
         stack = [node]

@@ -17,6 +17,7 @@ from miniinfer.data import RowInit, StepPlan
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, TOP_K, PROMPT_LEN, SEED, MIN_TOTAL = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10
 RECORD = 12
 
+COLDEST = 1e-5  # temperatures below count as 0: logits divided by them might not be finite
 ALIGN = 64  # entries; tables begin at whole cache lines
 TURNS = 16  # counters that the stage op wants
 MOST_CHANGES = 16384  # that a step takes over from the host's memory; those of longer prompts are copied
@@ -124,13 +125,14 @@ class Rows:
         """The row's parameter record; its rare parts (bias, held-back ids) go to their own tables."""
         p = init.params
         record = np.zeros(RECORD, dtype=np.int32)
+        heat = p.temperature if p.temperature >= COLDEST else 0.0
         record[:6] = np.array(
-            [p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty], dtype=np.float32
+            [heat, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty], dtype=np.float32
         ).view(np.int32)
         record[TOP_K], record[PROMPT_LEN] = max(p.top_k, 0), init.prompt_len
         record[SEED : SEED + 2] = np.array([init.seed], dtype=np.int64).view(np.int32)
         record[MIN_TOTAL] = init.prompt_len + p.min_tokens
-        filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        filtered = heat > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         held = init.stop_ids if p.min_tokens and p.structured_outputs is None else []  # else masks hold them back (grammar.py)
         biased = bool(p.logit_bias or held)

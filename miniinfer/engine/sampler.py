@@ -18,7 +18,7 @@ def sample(logits: Tensor, rows: Rows, batch_rows: Tensor, positions: Tensor, fl
     """Draws one token per entry and writes it to its row, where the next step will read it.
 
     logits [S, V] of any float dtype; batch_rows [S] int32; positions [S] int32: where the new token goes (= tokens computed so far); flags: union
-    of FILTERED, PENALIZED and BIASED over the entries; max_length bounds positions. Returns tokens [S] int32."""
+    of FILTERED, PENALIZED and BIASED over the entries; max_length bounds positions. Returns tokens [S] int32, -1 where the logits were not finite."""
     floats, params = rows.floats, rows.params
     if flags & BIASED:
         logits = _bias(logits.float(), rows, batch_rows.long(), positions)
@@ -44,7 +44,7 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor
     logits [S, V] of any float dtype, tokens [S]; count >= 0 alternatives. Returns ids [S, 1 + count] int32 (the token itself, then the likeliest),
     values fp32 and ranks int32 of the same shape (1 = likeliest)."""
     values = logits.log_softmax(-1, dtype=torch.float32)
-    index = tokens.long().unsqueeze(1)
+    index = tokens.clamp(min=0).long().unsqueeze(1)  # those of a row that has failed interest nobody
     own = values.gather(1, index)
     rank = (values > own).sum(1, keepdim=True, dtype=torch.int32) + 1
     if not count:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from miniinfer.engine.grammar import Constraint
 
 SECONDS_PER_PRIORITY = 30.0  # a request of priority p is treated as if it had come p times this later, so nobody starves
+NOT_FINITE = "the model's logits were not finite (NaN or infinity)"
 RETRY_STEPS = 8  # how often a blocked head of the queue is tried again although no page was freed
 RUNNING_PER_HEADROOM_PAGE = 4  # admission leaves a page per so many running requests, so that it does not cause a preemption at once
 
@@ -160,12 +161,12 @@ class Scheduler:
         if group.alive == 0 and (aborted or group.seen >= request.params.n):
             del self._groups[request.group]
 
-    def _finish(self, request: Request, aborted: bool = False) -> None:
+    def _finish(self, request: Request, aborted: bool = False, trusted: bool = True) -> None:
         """Frees everything a request has. A step in flight may still compute for it: its result is dropped, and its writes are done
         before any later plan's (see cache/manager.py). The caller drops finished requests from the running list."""
         if request.status is Status.RUNNING:
             seconds = 0.0 if aborted else request.params.keep_cache_seconds
-            self._give_back(request, self._now + seconds if seconds else 0.0)
+            self._give_back(request, self._now + seconds if seconds else 0.0, trusted)
         elif request in self._preparing:
             self._preparing.remove(request)
         else:
@@ -177,8 +178,11 @@ class Scheduler:
         self._leave_group(request, aborted)
         self._counts["finished"] += 1
 
-    def _give_back(self, request: Request, keep_until: float = 0.0) -> None:
-        self.cache.release(request, keep_until)
+    def _give_back(self, request: Request, keep_until: float = 0.0, trusted: bool = True) -> None:
+        if trusted:
+            self.cache.release(request, keep_until)
+        else:
+            self.cache.discard(request)
         heapq.heappush(self._rows, request.row)
         request.row = -1
 
@@ -324,6 +328,7 @@ class Scheduler:
             request.row = -1
             self._blocked = (request, self._steps, available)
             return False
+        request.reused = request.computed
         heapq.heappop(self._rows)
         heapq.heappop(self._waiting)
         insort(self._running, request, key=lambda r: r.key)
@@ -376,10 +381,13 @@ class Scheduler:
                 _pool(request, plan.starts[index], result.pooled[index])
             if sampled:
                 request.in_flight -= 1
+                if request.stale:
+                    request.stale -= 1
+                    continue
                 update = self._append(request, result.tokens[index])
                 if logprobs is not None and request.params.logprobs is not None:
                     update.logprobs = _narrowed(logprobs[index][: len(update.token_ids)], request.params.logprobs)
-                updates.append(update if request.pooling is None else _embedding(request, update))
+                updates.append(_embedding(request, update) if request.pooling is not None and update.finish_reason in ("stop", "length") else update)
         if self._counts["finished"] != before:
             self._drop_finished()
         return updates
@@ -393,6 +401,10 @@ class Scheduler:
             if request.params.prompt_logprobs is not None:
                 update.prompt_logprobs = request.prompt_logprobs
         for token in new:
+            if token < 0:
+                update.token_ids = new[: len(tokens) - before]
+                self._distrust(request, update)
+                break
             tokens.append(token)
             last = token in request.stop_ids or len(tokens) >= request.max_total or request.constraint is not None
             if last and self._ends(request, token, update):
@@ -401,6 +413,20 @@ class Scheduler:
                 break
         self._counts["generated_tokens"] += len(update.token_ids)
         return update
+
+    def _distrust(self, request: Request, update: SequenceUpdate) -> None:
+        """Logits that are not finite end their request; unless what it read from the cache may be to blame, left there by another that has not
+        been found out yet. Then it computes everything once more, by itself."""
+        if request.status is not Status.RUNNING:  # preempted meanwhile, and will compute it again
+            return
+        if request.alone or not request.reused:
+            update.finish_reason, update.error = "error", NOT_FINITE
+            self._finish(request, trusted=False)
+            return
+        self._give_back(request, trusted=False)
+        request.status, request.computed, request.alone, request.stale = Status.WAITING, 0, True, request.in_flight
+        heapq.heappush(self._waiting, (request.key, request))
+        self._running.remove(request)
 
     def _ends(self, request: Request, token: int, update: SequenceUpdate) -> bool:
         """Whether `token`, just appended, ends the request; says why in the update."""

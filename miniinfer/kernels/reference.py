@@ -185,12 +185,13 @@ def sample_rows(
     """Draws entry s's token by the settings of device row rows[s] and writes it to tokens[rows[s], positions[s]].
 
     logits [S, V] of any float dtype, widened to fp32; rows, positions [S] int32; tokens [R, L] int32. The settings are columns of the device rows:
-    temperature, top_p, min_p [R] fp32, top_k [R] int32, seeds [R] int64. `draw`: see `sample`, which is the default. Returns [S] int32."""
+    temperature, top_p, min_p [R] fp32, top_k [R] int32, seeds [R] int64. `draw`: see `sample`, which is the default. Returns [S] int32: -1
+    for a row whose largest logit is not finite (its place gets some id, for the step that may already have begun)."""
     index = rows.long()
     settings = (t[index] for t in (temperature, top_k, top_p, min_p, seeds))
     choose: Callable[..., Tensor] = draw or sample
     chosen = choose(logits.float(), *settings, positions, filtered)
-    tokens[index, positions.long()] = chosen
+    tokens[index, positions.long()] = chosen.clamp(min=0)
     return chosen
 
 
@@ -202,7 +203,7 @@ def sample(
     logits [S, V] fp32; temperature, top_p, min_p [S] fp32; top_k [S] int32 (<= 0: off); seeds [S] int64; positions [S] int32, the position
     of the token being sampled. Temperature 0 is greedy, ties to the lower id. Filters act on the tempered distribution in the order top-k, top-p
     (the smallest set with at least that mass), min-p; the likeliest token always stays. `filtered` False promises that no row has a filter.
-    NaN counts as -inf; of a row without a finite logit some id is returned. Returns [S] int32."""
+    NaN counts as -inf. Returns [S] int32, -1 for a row whose largest logit is not finite."""
     logits = logits.masked_fill(logits.isnan(), float("-inf"))
     greedy = temperature <= 0
     scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
@@ -210,7 +211,7 @@ def sample(
         scaled = _filter(scaled, top_k, top_p, min_p)
     noise = -torch.log(-torch.log(uniform(seeds, positions, logits.shape[1])))
     chosen = torch.where(greedy, logits.argmax(-1), (scaled + noise).argmax(-1))
-    return chosen.int()
+    return torch.where(logits.amax(-1).isfinite(), chosen, -1).int()
 
 
 def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -137,3 +137,33 @@ def test_the_same_seed_repeats_in_any_company(tmp_path: Path):
     core = make_core(tmp_path)
     first = run(core, alone)[0].tokens
     assert run(core, alone + some_requests(7, seed=10), prefix="b")[0].tokens == first
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_logits_that_are_not_finite_end_their_request_alone(tmp_path: Path, overlap: int, filtered: bool):
+    """One token's embedding is NaN: whoever reads it ends with an error at once, in whatever company; pages that had NaN in them serve others."""
+    bad = 77
+    core = make_core(tmp_path, overlap=overlap, max_num_batched_tokens=64, num_pages=66, max_num_seqs=8)
+    more = {"top_k": 20, "top_p": 0.9} if filtered else {}
+    healthy = some_requests(12, ignore_eos=True, logit_bias={bad: -100.0}, logprobs=1, **more)
+    for w in healthy:
+        w.prompt = [token if token != bad else 1 for token in w.prompt]
+    undisturbed = run(core, healthy)
+    core.cache.reset()
+    with torch.no_grad():
+        core.model.embed.weight[bad] = float("nan")
+    start = list(range(1, 20))  # shared by those who read it and those who do not
+    reads = Wanted([*start, bad, 5], SamplingParams(max_tokens=9, logprobs=2, **more))
+    writes = Wanted([*start, 5], SamplingParams(max_tokens=9, logprobs=2, ignore_eos=True, logit_bias={bad: 100.0}, **more))
+    mixed = [w for each in healthy for w in (reads, each, writes)]
+    got = run(core, mixed, stagger=1, prefix="mixed")
+    for first, one, second in zip(got[0::3], got[1::3], got[2::3], strict=True):
+        assert (first.tokens, first.finish) == ([], "error")
+        assert (second.tokens, second.finish) == ([bad], "error") and len(second.logprobs) == 1
+        assert one.finish == "length"
+    assert [g.tokens for g in got[1::3]] == [g.tokens for g in undisturbed]
+    assert [g.tokens for g in run(core, healthy, prefix="after")] == [g.tokens for g in undisturbed]
+    assert core.scheduler.add(Add("again", [bad], SamplingParams()), 0.0) is None and not core.abort(["unknown"])
+    (ended,) = [u for _ in range(4) for u in core.step() if u.finish_reason]
+    assert ended.error == "the model's logits were not finite (NaN or infinity)"

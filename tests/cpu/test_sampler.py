@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from miniinfer.engine.sampler import logprobs
+from miniinfer.kernels.cpu import sample as cpu_sample
 from miniinfer.kernels.reference import apply_penalties, sample, sample_rows, uniform
 
 MANY = 20000
@@ -96,7 +97,27 @@ def test_what_is_no_number_is_never_drawn():
     logits[:, ::2] = float("nan")
     for settings in ({}, {"top_k": 15}, {"top_p": 0.99}, {"temperature": 0.0}):
         assert (draw(logits, **settings) % 2 == 1).all()
-    assert draw(torch.full((1, 5), float("nan")), top_k=2) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+@pytest.mark.parametrize("draw_rows", [sample, cpu_sample], ids=["reference", "cpu"])
+def test_a_row_that_is_not_finite_is_told_and_no_other(value, draw_rows):
+    """-1 comes back; the device row gets an id that the next step can look up."""
+    count = 40  # greedy, plain and with filters, by turns
+    logits = torch.randn(count, 50, generator=torch.Generator().manual_seed(1))
+    if value > 0:
+        logits[::5, 7] = value
+    else:
+        logits[::5] = value
+    temperature = torch.tensor([0.0, 1.0, 9.0, 0.3]).repeat(count // 4)
+    top_k, top_p = torch.tensor([0, 5]).repeat(count // 2).int(), torch.tensor([1.0, 0.8, 1.0, 1.0]).repeat(count // 4)
+    rows, tokens = torch.arange(count).int(), torch.full((count, 4), 99, dtype=torch.int32)
+    arguments = rows, rows % 4, tokens, temperature, top_k, top_p, torch.zeros(count), torch.arange(count)
+    for filtered in (False, True):
+        out = sample_rows(logits, *arguments, filtered, draw=draw_rows)
+        assert [i for i, token in enumerate(out.tolist()) if token < 0] == list(range(0, count, 5))
+        written = tokens[rows.long(), (rows % 4).long()]
+        assert ((written >= 0) & (written < 50)).all() and torch.equal(written[out >= 0], out[out >= 0])
 
 
 def test_penalties_count_what_they_should():

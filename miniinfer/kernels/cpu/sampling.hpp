@@ -29,12 +29,12 @@ struct Best {  // the largest value seen in each lane and the first place that h
         value = select(better, v, value);
         index = (at & better) | (index & ~better);
     }
-    int32_t pick() const {
+    int32_t pick() const {  // -1 if it is not finite
         float top = value[0];
         int32_t at = index[0];
         for (int i = 1; i < W; i++)
             if (value[i] > top || (value[i] == top && index[i] < at)) top = value[i], at = index[i];
-        return at == INT32_MAX ? 0 : at;
+        return std::isfinite(top) ? at : -1;
     }
 };
 
@@ -79,7 +79,7 @@ int32_t sample_filtered(const float* x, long n, float temperature, long top_k, f
         if (v > -INFINITY) ordered.push_back({v, (int32_t)i});
     }
     const long count = (long)ordered.size(), limit = top_k > 0 ? std::min(top_k, count) : count;
-    if (count == 0) return 0;
+    if (count == 0) return -1;
     long sorted = 0;
     auto sort_to = [&](long want) {
         want = std::min(want, count);
@@ -109,7 +109,7 @@ int32_t sample_filtered(const float* x, long n, float temperature, long top_k, f
         const Candidate now = {ordered[i].value + noise[0], ordered[i].id};
         if (i == 0 || now < best) best = now;
     }
-    return best.id;
+    return std::isfinite(best.value) ? best.id : -1;
 }
 
 }  // namespace

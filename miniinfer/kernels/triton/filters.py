@@ -27,6 +27,7 @@ from miniinfer.kernels.triton.gumbel import (
     packed_value,
     row_key,
     score,
+    token_of,
     unorder,
 )  # fmt: skip
 from miniinfer.kernels.triton.pdl import begin
@@ -335,9 +336,11 @@ def _finish_kernel(
         else:
             line = logits + entry.to(tl.int64) * logits_stride
             winner = _best_bisected(line, record, top, total, step, heat, key, keep_k, keep_p, floor, vocab, BLOCK)
-    token = packed_index(winner)
+    token = token_of(winner)
+    if tl.load(record + FIRST) != ALL:
+        token = tl.where(tl.load(scale + TOP) < 1e38, token, -1)  # `cleaned` has made this of infinity
     tl.store(out + entry, token)
-    tl.store(tokens + row * tokens_stride + position, token)
+    tl.store(tokens + row * tokens_stride + position, packed_index(winner))
 
 
 def find_cuts(

@@ -90,6 +90,12 @@ def packed_value(packed):
 
 
 @triton.jit
+def token_of(packed):
+    """The index, or -1 if the score is not finite, for then the logits were not."""
+    return tl.where(tl.abs(packed_value(packed)) < 1e38, packed_index(packed), -1)
+
+
+@triton.jit
 def nothing():
     """Index 0 with -inf: what every other entry of a row beats."""
     return pack(tl.full([], -float("inf"), tl.float32), tl.full([], 0, tl.int32))

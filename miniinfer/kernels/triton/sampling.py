@@ -33,7 +33,7 @@ from miniinfer.kernels.triton.filters import (
     relative,
     tile_top,
 )  # fmt: skip
-from miniinfer.kernels.triton.gumbel import best_of, best_part, last_arrival, nothing, pack, packed_index, row_key
+from miniinfer.kernels.triton.gumbel import best_of, best_part, last_arrival, nothing, pack, packed_index, row_key, token_of
 from miniinfer.kernels.triton.pdl import begin, launch_options
 
 BLOCK, WARPS = 2048, 4  # entries and warps of a program of the draw; results depend on neither
@@ -55,9 +55,9 @@ def _draw_kernel(
     key = row_key(tl.load(seeds + row * seeds_stride), position)
     tl.store(best + entry * parts + part, best_of(value, ids, tl.load(temperature + row * settings_stride), key, vocab))
     if last_arrival(arrivals + entry, parts):
-        token = packed_index(best_part(best + entry * parts, parts, PARTS))
-        tl.store(out + entry, token)
-        tl.store(tokens + row * tokens_stride + position, token)
+        winner = best_part(best + entry * parts, parts, PARTS)
+        tl.store(out + entry, token_of(winner))
+        tl.store(tokens + row * tokens_stride + position, packed_index(winner))
 
 
 @triton.jit
