@@ -99,7 +99,9 @@ class ReasoningItem(Item):
 
 
 def _kind(value: Any) -> str:
-    return str(value.get("type") or "message") if isinstance(value, dict) else "message"
+    """A dict's when it is checked, a model's when it is written out again."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return str(kind or "message")
 
 
 InputItem = Annotated[

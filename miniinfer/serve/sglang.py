@@ -89,7 +89,7 @@ class SglangRequest(Strict):
         if (self.text is None) == (self.input_ids is None):
             raise ApiError(400, "text: give either text or input_ids", param="text")
         several = self.sampling_params
-        if isinstance(several, list) and (len(several) != len(self.prompts) or any(one != several[0] for one in several)):
+        if isinstance(several, list) and (not several or len(several) != len(self.prompts) or any(one != several[0] for one in several)):
             raise ApiError(400, "sampling_params: a list must have one for each prompt, and all the same", param="sampling_params")
         return self
 
@@ -250,7 +250,7 @@ def router(service: Service) -> APIRouter:
             return JSONResponse({"status": "no token came"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @routes.get("/flush_cache", include_in_schema=False)
+    @routes.get("/flush_cache", **described(answer=str, media="text/plain"))
     @routes.post("/flush_cache", **described(answer=str, media="text/plain"))
     async def flush_cache() -> Response:
         """Forgets all cached prefixes that no request is using."""
