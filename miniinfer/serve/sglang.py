@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -83,6 +83,15 @@ class SglangRequest(Strict):
     logprob_start_len: int = Field(-1, ge=-1, lt=2**31)  # the first prompt token whose log-probability is wanted; -1: none
     top_logprobs_num: int = Field(0, ge=0, le=MAX_LOGPROBS)
     return_text_in_logprobs: bool = False
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["text"], "properties": {"text": {"type": ["string", "array"]}}},
+                {"required": ["input_ids"], "properties": {"input_ids": {"type": "array"}}},
+            ]
+        }
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SglangRequest:

@@ -124,6 +124,7 @@ def test_settings_reach_the_engine(server: Server) -> None:
         ({}, "text"),
         ({"text": "x", "input_ids": [1]}, "text"),
         ({"text": ""}, "text"),
+        ({"text": [], "sampling_params": []}, "sampling_params"),
         ({"input_ids": []}, "input_ids"),
         ({"input_ids": [99999]}, "prompt"),
         ({"text": "x", "bogus": 1}, "bogus"),
