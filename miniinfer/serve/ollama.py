@@ -1,4 +1,5 @@
-"""Ollama's API: chat, generate, and what clients ask about models. Owns its bodies, answers (lines of JSON) and errors; work runs as OpenAI's does.
+"""Ollama's API: chat, generate, embed, and what clients ask about models. Owns its bodies, answers (lines of JSON) and errors; the life of a
+request is service.py's.
 
 Options of llama.cpp's loading (num_ctx, num_gpu and their like) are taken and ignored: the server was started with its own. Samplers that we do
 not have are refused unless they are off. A model's name may end in ":latest".
@@ -22,8 +23,9 @@ from starlette.responses import JSONResponse, Response
 from miniinfer import __version__
 from miniinfer.data import MAX_LOGPROBS, CompletionOutput, RequestOutput, SamplingParams
 from miniinfer.serve.answers import Prompt, encode
+from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
-from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TokenIds, Tools, between
+from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TokenIds, Tools, between, checked
 from miniinfer.serve.schemas import Shape, Version, described
 from miniinfer.serve.service import Service
 
@@ -196,6 +198,17 @@ class GenerateRequest(Asked):
     images: list[str] | None = Field(None, max_length=0)
 
 
+class EmbedRequest(Strict):
+    """/api/embed."""
+
+    model: Name
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    truncate: bool = True  # what does not fit into the context is left out; false: it is an error
+    dimensions: int | None = Field(None, ge=1, lt=2**31)
+    options: Options | None = None  # nothing in them concerns embeddings
+    keep_alive: float | str | None = None
+
+
 class ShowRequest(Strict):
     """/api/show; `name` is an older word for `model`."""
 
@@ -324,6 +337,25 @@ class GenerateAnswer(OllamaAnswer):
         return {"response": said.get("text", "")} | ({"thinking": said["thinking"]} if "thinking" in said else {})
 
 
+class EmbedAnswer(EmbeddingAnswer):
+    """/api/embed."""
+
+    arrived = 0  # set by the route, in nanoseconds
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.made = time.monotonic_ns()
+
+    def result(self) -> bytes:
+        began = self.arrived
+        figures = {
+            "total_duration": time.monotonic_ns() - began,
+            "load_duration": self.made - began,
+            "prompt_eval_count": sum(len(p.token_ids) for p in self.prompts),
+        }
+        return encode({"model": self._about["model"], "embeddings": self._vectors} | figures)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
@@ -400,6 +432,11 @@ class GenerateShape(Figures):
     response: str
 
 
+class Embedded(Shape):
+    model: str
+    embeddings: list[list[float]]
+
+
 class OllamaModel(Shape):
     name: str
     model: str
@@ -444,6 +481,19 @@ def router(service: Service) -> APIRouter:
         answer, params = await _generation(service, request)
         answer.arrived = arrived
         return await service.respond(http, answer, params)
+
+    @routes.post("/embed", **shapes(EmbedRequest, Embedded))
+    async def embed(http: Request) -> Response:
+        arrived, request = time.monotonic_ns(), await _read(service, http, EmbedRequest)
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        prompts = [Prompt(await service.encode(text, True, "input")) for text in texts]
+        if request.truncate:
+            for prompt in prompts:
+                del prompt.token_ids[service.engine.info["max_model_len"] - 1 :]
+        asked = checked(EmbeddingRequest, {"input": texts, "dimensions": request.dimensions})
+        answer = EmbedAnswer(f"embed-{uuid.uuid4().hex}", service.model, asked, prompts, 1, service.engine.tokenizer)
+        answer.arrived = arrived
+        return await service.respond(http, answer, SamplingParams(max_tokens=1))
 
     @routes.get("/tags", **shapes(None, OllamaModels))
     async def tags() -> Response:

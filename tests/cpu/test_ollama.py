@@ -165,6 +165,19 @@ def test_logprobs(server: Server, client: ollama.Client) -> None:
     assert streamed == list(answer.logprobs)
 
 
+def test_embed(server: Server, client: ollama.Client) -> None:
+    answer = client.embed("tiny", ["hello", "there"])
+    prompts = [seen[0] for seen in server.engine.seen]
+    assert len(answer.embeddings) == 2 and answer.prompt_eval_count == sum(map(len, prompts))
+    assert all(sum(x * x for x in vector) == pytest.approx(1) for vector in answer.embeddings)
+    assert 0 <= (answer.load_duration or 0) <= (answer.total_duration or 0)
+    assert client.embed("tiny", "hello").embeddings == answer.embeddings[:1]
+    assert len(client.embed("tiny", "hello", dimensions=2).embeddings[0]) == 2
+    assert client.embed("tiny", "hello " * 2000).prompt_eval_count == 511
+    with pytest.raises(ollama.ResponseError, match="context"):
+        client.embed("tiny", "hello " * 2000, truncate=False)
+
+
 def test_what_clients_ask_about_models(server: Server, client: ollama.Client) -> None:
     (model,) = client.list().models
     assert model.model == "tiny" and len(model.digest or "") == 64 and model.modified_at is not None and model.details is not None
