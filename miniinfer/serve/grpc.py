@@ -1,4 +1,4 @@
-"""The API over gRPC, as an option: generate, model info, and gRPC's standard health service. Owns its messages' meaning and its statuses.
+"""The API over gRPC, as an option: generate, embed, model info, and gRPC's standard health service. Owns its messages' meaning and its statuses.
 
 The same engine, admission and keys as over HTTP. Messages come from proto/api.binpb, compiled from the .proto files beside it, so that neither
 generated code nor its compiler's version matters. Imported only where the option is given: grpcio and protobuf are the extra miniinfer[grpc].
@@ -13,11 +13,14 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from miniinfer import __version__
 from miniinfer.config import ConfigError
 from miniinfer.data import CompletionOutput, SamplingParams
 from miniinfer.serve.admission import caller, identify
 from miniinfer.serve.answers import Answer, Prompt
+from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
 from miniinfer.serve.protocol import ApiError, CompletionRequest, checked
 from miniinfer.serve.service import Service, as_api_error
 from miniinfer.utils import get_logger
@@ -67,12 +70,22 @@ class GrpcAnswer(Answer):
     """Counts; what is sent is made from each delta."""
 
 
+class GrpcEmbedding(EmbeddingAnswer):
+    """Keeps the vector as numbers."""
+
+    @property
+    def vector(self) -> list[float]:
+        vector: list[float] = msgspec.json.decode(self._vectors[0])
+        return vector
+
+
 class _Methods:
     """What the methods do."""
 
     def __init__(self, service: Service, api: Api) -> None:
         self._service = service
         self._response, self._info = api.message("miniinfer.v1.GenerateResponse"), api.message("miniinfer.v1.ModelInfoResponse")
+        self._embedding = api.message("miniinfer.v1.EmbedResponse")
         self._health = api.message("grpc.health.v1.HealthCheckResponse")
 
     async def generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:
@@ -84,6 +97,23 @@ class _Methods:
                 async for item in items:
                     for delta in item.outputs:
                         yield self._shown(answer, delta)
+        except Exception as e:
+            await _fail(context, e)
+
+    async def embed(self, request: Any, context: Any) -> Any:
+        try:
+            self._identify(context)
+            self._service.admit(0)
+            prompt = await self._prompt(request)
+            fields = {field.name: value for field, value in request.ListFields() if field.name in ("pooling", "normalize", "dimensions")}
+            asked = checked(EmbeddingRequest, {**fields, "input": [prompt.token_ids]})
+            self._service.check_length(prompt, 1)
+            answer = GrpcEmbedding(f"grpc-{uuid.uuid4().hex}", self._service.model, asked, [prompt], 1, self._service.engine.tokenizer)
+            async with aclosing(self._service.items(answer, SamplingParams(max_tokens=1))) as items:
+                async for _ in items:
+                    pass
+            usage = {"prompt_tokens": len(prompt.token_ids), "cached_tokens": prompt.cached_tokens}
+            return self._embedding(embedding=answer.vector, usage=usage)
         except Exception as e:
             await _fail(context, e)
 
@@ -120,26 +150,29 @@ class _Methods:
 
     async def _prepare(self, request: Any) -> tuple[GrpcAnswer, SamplingParams]:
         """The request as a completion, which has its checks."""
-        service, kind = self._service, request.WhichOneof("prompt")
+        service = self._service
         service.admit(0)
-        if request.model:
-            service.check_model(request.model)
-        if kind is None:
-            raise ApiError(400, "prompt: one of text, token_ids and conversation must be set", param="prompt")
+        prompt = await self._prompt(request)
         sampling = {field.name: value if not field.is_repeated else list(value) for field, value in request.sampling.ListFields()}
         wanted = {name: sampling.pop(name) for name in _STRUCTURED if name in sampling}
         fields = sampling | ({"structured_outputs": wanted} if wanted else {}) | {"priority": request.priority, "cache_salt": request.cache_salt}
-        if kind == "conversation":
-            messages = [{"role": message.role, "content": message.content} for message in request.conversation.messages]
-            prompt = await service.chat_prompt(messages)
-        elif kind == "text":
-            prompt = Prompt(await service.encode(request.text, True, "text"), request.text)
-        else:
-            prompt = Prompt(list(request.token_ids.ids))
         checked_fields = checked(CompletionRequest, {**fields, "prompt": [prompt.token_ids]})
         params = checked_fields.params(service.defaults)
         service.check_length(prompt, params.max_tokens)
         return GrpcAnswer(f"grpc-{uuid.uuid4().hex}", service.model, checked_fields, [prompt], params.n, service.engine.tokenizer), params
+
+    async def _prompt(self, request: Any) -> Prompt:
+        """The prompt in any of its forms, of a request for the model that there is."""
+        service, kind = self._service, request.WhichOneof("prompt")
+        if request.model:
+            service.check_model(request.model)
+        if kind is None:
+            raise ApiError(400, "prompt: one of text, token_ids and conversation must be set", param="prompt")
+        if kind == "conversation":
+            return await service.chat_prompt([{"role": message.role, "content": message.content} for message in request.conversation.messages])
+        if kind == "text":
+            return Prompt(await service.encode(request.text, True, "text"), request.text)
+        return Prompt(list(request.token_ids.ids))
 
     def _shown(self, answer: GrpcAnswer, delta: CompletionOutput) -> Any:
         response = self._response(index=delta.index, text=delta.text, token_ids=delta.token_ids, finish_reason=delta.finish_reason or "")
@@ -173,7 +206,7 @@ async def start(service: Service, host: str, port: int) -> tuple[Any, int]:
     server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers(
         (
-            api.handlers(SERVICE, {"Generate": methods.generate, "ModelInfo": methods.model_info}),
+            api.handlers(SERVICE, {"Generate": methods.generate, "Embed": methods.embed, "ModelInfo": methods.model_info}),
             api.handlers(HEALTH, {"Check": methods.check, "Watch": methods.watch}),
         )
     )

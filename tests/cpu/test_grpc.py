@@ -36,6 +36,7 @@ class Client:
     def __init__(self, channel: grpc.aio.Channel, service: Service) -> None:
         self.service, self.engine = service, service.engine
         self.generate = self._method(channel.unary_stream, served.SERVICE, "Generate", f"{V1}GenerateResponse")
+        self.embed = self._method(channel.unary_unary, served.SERVICE, "Embed", f"{V1}EmbedResponse")
         self.info = self._method(channel.unary_unary, served.SERVICE, "ModelInfo", f"{V1}ModelInfoResponse")
         self.check = self._method(channel.unary_unary, served.HEALTH, "Check", f"{HEALTH}HealthCheckResponse")
         self.watch = self._method(channel.unary_stream, served.HEALTH, "Watch", f"{HEALTH}HealthCheckResponse")
@@ -191,6 +192,19 @@ def test_an_engine_that_dies(tokenizer: Tokenizer) -> None:
         assert (await watch.read()).status == 2
         watch.cancel()
         assert (await code_of(client.check(ask(service="other"))))[0] == grpc.StatusCode.NOT_FOUND
+
+    serve(tokenizer, test)
+
+
+def test_embed(tokenizer: Tokenizer) -> None:
+    async def test(client: Client) -> None:
+        ask = API.message(f"{V1}EmbedRequest")
+        got = await client.embed(ask(token_ids={"ids": [5, 6, 7]}, normalize=False))
+        assert list(got.embedding) == [7, 2, -1] and got.usage.prompt_tokens == 3
+        got = await client.embed(ask(text="hello", pooling="mean", dimensions=2))
+        assert len(got.embedding) == 2 and sum(x * x for x in got.embedding) == pytest.approx(1)
+        code, details = await code_of(client.embed(ask(text="hello", pooling="max")))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT and details.startswith("pooling")
 
     serve(tokenizer, test)
 
