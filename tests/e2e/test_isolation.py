@@ -56,12 +56,14 @@ async def harmed(server: ServerProcess, requests: list[dict[str, Any]], number: 
 def test_streams_survive_the_engine_process(server: ServerProcess, number: int, limit: float) -> None:
     async def body() -> None:
         requests = [asked(i, temperature=0) for i in range(4)] + [asked(i, temperature=0.9, top_p=0.9, presence_penalty=0.5) for i in range(4)]
+        requests.append(asked(9, temperature=0.9, ignore_eos=False, structured_outputs={"regex": "([a-z]+ ){150}"}))
         start = time.monotonic()
         undisturbed = [text for text, _ in await asyncio.gather(*(stream(server.port, request) for request in requests))]
         texts, pause, away = await harmed(server, requests, number, 0.4 * (time.monotonic() - start))
         assert texts == undisturbed
         print(f"signal {number}: no streams moved for {pause:.2f} s, /ready said no for {away:.2f} s")
-        assert away / 2 < pause <= limit  # in mid-stream, and short
+        assert away <= limit and away / 2 < pause  # in mid-stream
+        assert pause <= limit + 10  # --deterministic computes what there was token by token, and the machine is not ours alone
 
     asyncio.run(body())
 
