@@ -421,8 +421,10 @@ class ServerConfig:
     api_keys_file: str | None = opt(None, "TOML or JSON file of keys, with a name and perhaps rates and a priority for each")
     cors_origin: list[str] | None = opt(None, "origin whose web pages may call the API ('*': any); may be given again")
     chat_template: str | None = opt(None, "file with a jinja chat template, instead of the checkpoint's")
-    tool_call_parser: str = opt("auto", "how the model writes tool calls (hermes, qwen3_coder, llama3_json, mistral, ...), or none; auto asks the template")
-    reasoning_parser: str = opt("auto", "how the model marks its reasoning (think, mistral, harmony), or none; auto asks the template")
+    tool_call_parser: str = opt(
+        "auto", "how the model writes tool calls (hermes, qwen3_coder, llama3_json, mistral ...), or none; auto reads the template"
+    )
+    reasoning_parser: str = opt("auto", "how the model marks its reasoning (think, mistral, harmony), or none; auto reads the template")
     max_waiting: int = opt(2048, "requests accepted but unfinished; above it a request gets 429")
     max_waiting_tokens: int = opt(8 << 20, "tokens of unfinished requests, prompts and most output together; above it a request gets 429")
     max_connections: int = opt(4096, "open connections; above it the one that has been idle longest is closed")

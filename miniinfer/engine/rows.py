@@ -126,9 +126,9 @@ class Rows:
         p = init.params
         record = np.zeros(RECORD, dtype=np.int32)
         heat = p.temperature if p.temperature >= COLDEST else 0.0
-        record[:6] = np.array(
-            [heat, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty], dtype=np.float32
-        ).view(np.int32)
+        record[:6] = np.array([heat, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty], dtype=np.float32).view(
+            np.int32
+        )
         record[TOP_K], record[PROMPT_LEN] = max(p.top_k, 0), init.prompt_len
         record[SEED : SEED + 2] = np.array([init.seed], dtype=np.int64).view(np.int32)
         record[MIN_TOTAL] = init.prompt_len + p.min_tokens
