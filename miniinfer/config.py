@@ -320,6 +320,8 @@ class EngineConfig:
     gpu_memory_utilization: float = opt(0.9, "share of a GPU's memory for weights, KV pages and workspace")
     cpu_kv_gib: float = opt(2.0, "most memory for KV pages on the CPU, GiB (taken as it is used)")
     enable_prefix_caching: bool = opt(True, "reuse the KV pages of equal prompt prefixes")
+    max_pinned_fraction: float = opt(0.25, "share of the KV pages that pinned prefixes may take, 0 to 1")
+    enable_sleep_mode: bool = opt(False, "let the engine sleep (POST /sleep): its memory is given back, the weights stay in host memory")
     enforce_eager: bool = opt(False, "capture no CUDA graphs")
     overlap: int | None = opt(None, "steps in flight while results are read: 0 or 1 (GPU 1, CPU 0)")
     deterministic: bool = opt(False, "the same request gives bitwise the same output alone, in any batch, cached or cold; a little slower")
@@ -343,6 +345,8 @@ class EngineConfig:
             raise ConfigError(f"overlap: must be 0 or 1, got {self.overlap!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
+        if not 0 <= self.max_pinned_fraction <= 1:
+            raise ConfigError(f"max_pinned_fraction: must be from 0 to 1, got {self.max_pinned_fraction}")
         if self.max_engine_restarts < 0:
             raise ConfigError(f"max_engine_restarts: must not be negative, got {self.max_engine_restarts}")
         if not self.hang_timeout > 0:
@@ -425,6 +429,8 @@ class ServerConfig:
         "auto", "how the model writes tool calls (hermes, qwen3_coder, llama3_json, mistral ...), or none; auto reads the template"
     )
     reasoning_parser: str = opt("auto", "how the model marks its reasoning (think, mistral, harmony), or none; auto reads the template")
+    max_loaded_models: int = opt(0, "models in memory at once (0: as many as there is room for)")
+    model_idle_seconds: float = opt(0.0, "put a model away that nobody has asked for in so long; the next request brings it back (0: never)")
     max_waiting: int = opt(2048, "requests accepted but unfinished; above it a request gets 429")
     max_waiting_tokens: int = opt(8 << 20, "tokens of unfinished requests, prompts and most output together; above it a request gets 429")
     max_connections: int = opt(4096, "open connections; above it the one that has been idle longest is closed")
@@ -439,6 +445,8 @@ class ServerConfig:
         if not all(key and key.isascii() and key.isprintable() for key in keys):
             raise ConfigError("api_key: a key must be printable ASCII and must not be empty")
         object.__setattr__(self, "api_key", list(dict.fromkeys(keys)) or None)
+        if self.max_loaded_models < 0 or self.model_idle_seconds < 0:
+            raise ConfigError("max_loaded_models and model_idle_seconds: must not be negative")
         for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_body_mib"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")

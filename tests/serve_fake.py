@@ -15,6 +15,7 @@ from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenL
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.engine.output import OutputProcessor, validate
 from miniinfer.engine.text import Tokenizer
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.server import uvicorn_config
 from miniinfer.serve.service import Service
 
@@ -31,7 +32,7 @@ class FakeEngine:
         self.info: dict[str, Any] = {"max_model_len": max_model_len, "vocab_size": 320}
         self.stats: dict[str, float] = {"running": 0.0}
         self.processor = OutputProcessor(tokenizer, deltas=True)
-        self.is_alive, self.restarting = True, False
+        self.is_alive, self.restarting, self.errored = True, False, False
         self.delay = 0.0
         self.gate: asyncio.Event | None = None  # if set, nothing is produced before it
         self.die_after: int | None = None  # tokens
@@ -102,7 +103,8 @@ class Server:
     def __init__(self, engine: Any, model: str = "tiny", defaults: dict[str, Any] | None = None, **options: Any) -> None:
         self.engine = engine
         self.api = Service(engine, ServerConfig(**options), model, defaults or {})
-        self.uvicorn = uvicorn.Server(uvicorn_config(self.api))
+        self.fleet = Fleet.of(self.api)
+        self.uvicorn = uvicorn.Server(uvicorn_config(self.fleet))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 
     def __enter__(self) -> Server:

@@ -1,7 +1,7 @@
 """Who is let in: the check of API keys before anything else of a request is looked at, room for its tokens, its deadline, and when to try again.
 
 Owns default-deny: whatever is not listed as open here asks for a key, routes that do not exist included. Keys and their rates are auth.py's; which
-requests run when is the engine's. The life of a request (service.py) calls `Admission`; the application is wrapped in `Guard`.
+requests run when is the engine's. The life of a request (service.py) asks the `Gate`; the application is wrapped in `Guard`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from miniinfer.config import ServerConfig
-from miniinfer.serve.auth import Client, Keys
+from miniinfer.serve.auth import Client, Keys, load_keys
 from miniinfer.serve.protocol import ApiError
 
 OPEN = ("/live", "/ready", "/health")  # for machines that hold no key
@@ -29,6 +29,7 @@ LONGEST_RETRY = 600  # seconds, of Retry-After
 LONGEST_DEADLINE = 7 * 86400.0
 MEASURED = 512  # requests ended of late, from which the rate is known
 DEADLINE_HEADER = b"x-request-timeout"
+DRAINING = "the server is shutting down"
 
 
 @dataclass(slots=True)
@@ -175,3 +176,17 @@ class Admission:
             return 1.0
         seconds = max(self._clock() - self._ended[0][0], 1e-3)
         return amount * seconds / max(1, sum(ended[what] for ended in self._ended))
+
+
+class Gate:
+    """What a server's models share at its door: keys, room for requests, and whether it is shutting down."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.keys, self.admission = load_keys(config), Admission(config)
+        self.draining = False
+
+    def admit(self, prompts: int) -> None:
+        """Does the server take so many more prompts? ApiError 503 or 429 if not."""
+        if self.draining:
+            raise ApiError(503, DRAINING)
+        self.admission.check(max(prompts, 1))

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer.data import CompletionOutput
 from miniinfer.serve.answers import encode
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, between
 from miniinfer.serve.schemas import Shape, described
@@ -385,14 +386,14 @@ class TokenCount(Shape):
     input_tokens: int
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """The routes below /v1/messages."""
     routes = APIRouter(prefix="/v1/messages")
 
     @routes.post("", **described(MessagesRequest, AnthropicMessage, stream="text/event-stream", error=AnthropicErrorShape))
     async def messages(http: Request) -> Response:
         _check_version(http)
-        request: MessagesRequest = await service.read(http, MessagesRequest)
+        service, request = await fleet.read(http, MessagesRequest)
         answer, params = await prepare(service, request.run(service), MessageAnswer, "msg_", _NAMES)
         response = await service.respond(http, answer, params)
         response.headers["request-id"] = answer.id
@@ -401,7 +402,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/count_tokens", **described(CountRequest, TokenCount, error=AnthropicErrorShape))
     async def count_tokens(http: Request) -> Response:
         _check_version(http)
-        request: CountRequest = await service.read(http, CountRequest)
+        service, request = await fleet.read(http, CountRequest)
         answer, _ = await prepare(service, request.chat(service), MessageAnswer, "msg_", _NAMES)
         return JSONResponse({"input_tokens": answer.prompt_tokens})
 

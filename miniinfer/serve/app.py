@@ -27,15 +27,16 @@ from miniinfer.serve import (
 )
 from miniinfer.serve.admission import Guard
 from miniinfer.serve.answers import encode
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.metrics import CONTENT_TYPE, render
 from miniinfer.serve.protocol import ApiError
 from miniinfer.serve.record import Recorder
 from miniinfer.serve.schemas import State, Version, described, openapi
-from miniinfer.serve.service import Service, as_api_error
+from miniinfer.serve.service import as_api_error
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application over one service."""
+def build_app(fleet: Fleet) -> FastAPI:
+    """The application over a server's models."""
     app = FastAPI(openapi_url=None)
 
     async def on_error(http: Request, error: Exception) -> Response:
@@ -44,42 +45,43 @@ def build_app(service: Service) -> FastAPI:
         shown = _as_refusal(error) if isinstance(error, RequestValidationError) else as_api_error(error)
         if shown.status == 404 and isinstance(error, HTTPException):
             shown.message = f"there is no {http.url.path} here"
-        service.metrics.refused[str(shown.status)] += 1
+        metrics = getattr(http.state, "metrics", None) or fleet.default.metrics  # of the model, once it is known which
+        metrics.refused[str(shown.status)] += 1
         body = next((shape(shown) for prefix, shape in _SHAPES if http.url.path.startswith(prefix)), shown).body()
         return Response(body, shown.status, shown.headers, "application/json")
 
     for kind in (ApiError, RequestValidationError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
-    app.add_middleware(Guard, keys=service.keys, refuse=on_error)
-    if service.config.cors_origin:  # outside the guard: a browser's question whether it may ask carries no key
+    app.add_middleware(Guard, keys=fleet.keys, refuse=on_error)
+    if fleet.config.cors_origin:  # outside the guard: a browser's question whether it may ask carries no key
         exposed = ["x-request-id", "retry-after"]
-        app.add_middleware(CORSMiddleware, allow_origins=service.config.cors_origin, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
-    app.add_middleware(Recorder, sinks=service.sinks)
+        app.add_middleware(CORSMiddleware, allow_origins=fleet.config.cors_origin, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+    app.add_middleware(Recorder, sinks=fleet.sinks)
 
     @cache
     def document() -> bytes:
-        return encode(openapi(app, service.engine.info.get("vocab_size"), service.config.guarded))
+        return encode(openapi(app, fleet.default.engine.info.get("vocab_size"), fleet.config.guarded))
 
-    control = _control(service)
+    control = _control(fleet)
 
     @control.get("/openapi.json", include_in_schema=False)
     async def description() -> Response:
         return Response(document(), media_type="application/json")
 
     closed = (
-        openai.router(service),
-        embeddings.router(service),
-        responses.router(service),
-        tokens.router(service),
-        anthropic.router(service),
-        ollama.router(service),
-        sglang.router(service),
-        loads.router(service),
+        openai.router(fleet),
+        embeddings.router(fleet),
+        responses.router(fleet),
+        tokens.router(fleet),
+        anthropic.router(fleet),
+        ollama.router(fleet),
+        sglang.router(fleet),
+        loads.router(fleet),
         control,
     )
     for routes in closed:
         app.include_router(routes)
-    app.include_router(_state(service))
+    app.include_router(_state(fleet))
     app.include_router(web.router())
     return app
 
@@ -94,22 +96,22 @@ def _as_refusal(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{field}: {first['msg'].removeprefix('Input ')}", param=field)
 
 
-def _control(service: Service) -> APIRouter:
+def _control(fleet: Fleet) -> APIRouter:
     """Commands to the engine."""
     routes = APIRouter()
 
     @routes.post("/start_profile", **described())
-    async def start_profile() -> Response:
-        return await service.control("start_profile")
+    async def start_profile(model: str | None = None) -> Response:
+        return await (await fleet.service(model)).control("start_profile")
 
     @routes.post("/stop_profile", **described())
-    async def stop_profile() -> Response:
-        return await service.control("stop_profile")
+    async def stop_profile(model: str | None = None) -> Response:
+        return await (await fleet.service(model)).control("stop_profile")
 
     return routes
 
 
-def _state(service: Service) -> APIRouter:
+def _state(fleet: Fleet) -> APIRouter:
     """What the server says of itself to whoever asks."""
     routes = APIRouter()
 
@@ -121,9 +123,7 @@ def _state(service: Service) -> APIRouter:
     @routes.get("/health", **described(answer=State, error=State))
     async def ready() -> Response:
         """Does the server take work."""
-        engine = service.engine
-        status = "draining" if service.draining else "engine dead" if not engine.is_alive else "restarting" if engine.restarting else "ok"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+        return JSONResponse({"status": fleet.status}, 200 if fleet.status == "ok" else 503)
 
     @routes.get("/version", **described(answer=Version))
     async def version() -> Response:
@@ -132,6 +132,6 @@ def _state(service: Service) -> APIRouter:
     @routes.get("/metrics", **described(answer=str, media="text/plain"))
     async def prometheus(names: Literal["vllm", "plain"] = "vllm") -> Response:
         """Names are vLLM's (vllm:...) where it has the metric or, if plain, all miniinfer_..., as Prometheus's own lint wants them."""
-        return Response(render([service.metrics], names == "plain"), media_type=CONTENT_TYPE)
+        return Response(render([service.metrics for service in fleet.services], names == "plain"), media_type=CONTENT_TYPE)
 
     return routes

@@ -17,9 +17,9 @@ from starlette.responses import Response
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.output import unit
 from miniinfer.serve.answers import Answer, Prompt, encode
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.protocol import PROMPT_SCHEMA, ApiError, Strict, list_of_prompts
 from miniinfer.serve.schemas import Shape, described
-from miniinfer.serve.service import Service
 
 
 class EmbeddingRequest(Strict):
@@ -100,13 +100,13 @@ def _base64(vector: list[float]) -> str:
     return base64.b64encode(numbers.tobytes()).decode()
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """The one route."""
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/embeddings", **described(EmbeddingRequest, EmbeddingList))
     async def embeddings(http: Request) -> Response:
-        request = await service.read(http, EmbeddingRequest)
+        service, request = await fleet.read(http, EmbeddingRequest)
         prompts = []
         for given in request.input:
             ids = await service.encode(given, request.add_special_tokens, "input") if isinstance(given, str) else given

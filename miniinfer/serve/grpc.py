@@ -21,6 +21,7 @@ from miniinfer.data import CompletionOutput, SamplingParams
 from miniinfer.serve.admission import caller, identify
 from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.protocol import ApiError, CompletionRequest, checked
 from miniinfer.serve.service import Service, as_api_error
 from miniinfer.utils import get_logger
@@ -82,8 +83,8 @@ class GrpcEmbedding(EmbeddingAnswer):
 class _Methods:
     """What the methods do."""
 
-    def __init__(self, service: Service, api: Api) -> None:
-        self._service = service
+    def __init__(self, fleet: Fleet, api: Api) -> None:
+        self._fleet = fleet
         self._response, self._info = api.message("miniinfer.v1.GenerateResponse"), api.message("miniinfer.v1.ModelInfoResponse")
         self._embedding = api.message("miniinfer.v1.EmbedResponse")
         self._health = api.message("grpc.health.v1.HealthCheckResponse")
@@ -92,8 +93,9 @@ class _Methods:
         """Leaving this generator, as a deadline or a cancellation makes us do, aborts the request."""
         try:
             self._identify(context)
-            answer, params = await self._prepare(request)
-            async with aclosing(self._service.items(answer, params)) as items:
+            service = await self._fleet.service(request.model or None)
+            answer, params = await self._prepare(service, request)
+            async with aclosing(service.items(answer, params)) as items:
                 async for item in items:
                     for delta in item.outputs:
                         yield self._shown(answer, delta)
@@ -103,13 +105,14 @@ class _Methods:
     async def embed(self, request: Any, context: Any) -> Any:
         try:
             self._identify(context)
-            self._service.admit(0)
-            prompt = await self._prompt(request)
+            service = await self._fleet.service(request.model or None)
+            service.gate.admit(0)
+            prompt = await self._prompt(service, request)
             fields = {field.name: value for field, value in request.ListFields() if field.name in ("pooling", "normalize", "dimensions")}
             asked = checked(EmbeddingRequest, {**fields, "input": [prompt.token_ids]})
-            self._service.check_length(prompt, 1)
-            answer = GrpcEmbedding(f"grpc-{uuid.uuid4().hex}", self._service.model, asked, [prompt], 1, self._service.engine.tokenizer)
-            async with aclosing(self._service.items(answer, SamplingParams(max_tokens=1))) as items:
+            service.check_length(prompt, 1)
+            answer = GrpcEmbedding(f"grpc-{uuid.uuid4().hex}", service.model, asked, [prompt], 1, service.engine.tokenizer)
+            async with aclosing(service.items(answer, SamplingParams(max_tokens=1))) as items:
                 async for _ in items:
                     pass
             usage = {"prompt_tokens": len(prompt.token_ids), "cached_tokens": prompt.cached_tokens}
@@ -120,10 +123,11 @@ class _Methods:
     async def model_info(self, request: Any, context: Any) -> Any:
         try:
             self._identify(context)
+            service = await self._fleet.service(None)
         except Exception as e:
             await _fail(context, e)
-        info = self._service.engine.info
-        return self._info(model=self._service.model, max_model_len=info["max_model_len"], vocab_size=info["vocab_size"], server_version=__version__)
+        info = service.engine.info
+        return self._info(model=service.model, max_model_len=info["max_model_len"], vocab_size=info["vocab_size"], server_version=__version__)
 
     async def check(self, request: Any, context: Any) -> Any:
         if request.service not in ("", SERVICE, HEALTH):
@@ -141,18 +145,17 @@ class _Methods:
             await asyncio.sleep(WATCH_SECONDS)
 
     def _state(self) -> str:
-        return "SERVING" if self._service.engine.is_alive and not self._service.draining else "NOT_SERVING"
+        return "SERVING" if self._fleet.status == "ok" else "NOT_SERVING"
 
     def _identify(self, context: Any) -> None:
         """Whose call it is, as the guard of HTTP finds out."""
         headers = {key.encode(): value.encode() if isinstance(value, str) else value for key, value in reversed(context.invocation_metadata())}
-        caller.set(identify(self._service.keys, headers))
+        caller.set(identify(self._fleet.keys, headers))
 
-    async def _prepare(self, request: Any) -> tuple[GrpcAnswer, SamplingParams]:
+    async def _prepare(self, service: Service, request: Any) -> tuple[GrpcAnswer, SamplingParams]:
         """The request as a completion, which has its checks."""
-        service = self._service
-        service.admit(0)
-        prompt = await self._prompt(request)
+        service.gate.admit(0)
+        prompt = await self._prompt(service, request)
         sampling = {field.name: value if not field.is_repeated else list(value) for field, value in request.sampling.ListFields()}
         wanted = {name: sampling.pop(name) for name in _STRUCTURED if name in sampling}
         fields = sampling | ({"structured_outputs": wanted} if wanted else {}) | {"priority": request.priority, "cache_salt": request.cache_salt}
@@ -161,11 +164,9 @@ class _Methods:
         service.check_length(prompt, params.max_tokens)
         return GrpcAnswer(f"grpc-{uuid.uuid4().hex}", service.model, checked_fields, [prompt], params.n, service.engine.tokenizer), params
 
-    async def _prompt(self, request: Any) -> Prompt:
-        """The prompt in any of its forms, of a request for the model that there is."""
-        service, kind = self._service, request.WhichOneof("prompt")
-        if request.model:
-            service.check_model(request.model)
+    async def _prompt(self, service: Service, request: Any) -> Prompt:
+        """The prompt in any of its forms."""
+        kind = request.WhichOneof("prompt")
         if kind is None:
             raise ApiError(400, "prompt: one of text, token_ids and conversation must be set", param="prompt")
         if kind == "conversation":
@@ -198,11 +199,11 @@ async def _fail(context: Any, error: Exception) -> None:
     await context.abort(_STATUS.get(shown.status, grpc.StatusCode.INVALID_ARGUMENT), shown.message, (("retry-after", wait),) if wait else ())
 
 
-async def start(service: Service, host: str, port: int) -> tuple[Any, int]:
+async def start(fleet: Fleet, host: str, port: int) -> tuple[Any, int]:
     """A running gRPC server and its port. ConfigError if the port is taken."""
     api = Api()
-    methods = _Methods(service, api)
-    options = [("grpc.max_receive_message_length", service.config.max_body_mib << 20), ("grpc.so_reuseport", 0)]
+    methods = _Methods(fleet, api)
+    options = [("grpc.max_receive_message_length", fleet.config.max_body_mib << 20), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers(
         (

@@ -18,13 +18,11 @@ from typing import Any
 
 import uvloop
 
-from miniinfer.config import ConfigError, EngineConfig, ServerConfig, read_generation_config
+from miniinfer.config import ConfigError, EngineConfig, ServerConfig
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.serve.auth import load_keys
 from miniinfer.serve.parsers import choose
 from miniinfer.utils import setup_logging
-
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from generation_config.json
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
@@ -55,11 +53,12 @@ async def _run(config: EngineConfig, server_config: ServerConfig, listener: sock
     engine = AsyncEngine(config, chat_template=server_config.chat_template)
     try:
         _, parts = await asyncio.gather(engine.start(), asyncio.to_thread(_import_server))
-        service = parts.Service(engine, server_config, model_name(config.model, server_config), sampling_defaults(engine.info))
-        server = parts.Server(service, listener)
+        fleet = parts.Fleet(server_config, [parts.Member(model_name(config.model, server_config), config, server_config)])
+        fleet.adopt(engine)
+        server = parts.Server(fleet, listener)
         signals.stop = server.stop
-        remote = await _start_grpc(service, server_config)
-        throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(service.metrics, lambda: engine.stats))
+        remote = await _start_grpc(fleet, server_config)
+        throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(fleet.default.metrics, lambda: engine.stats))
         await server.serve(sockets=[listener])
         if throughput is not None:
             throughput.cancel()
@@ -70,13 +69,13 @@ async def _run(config: EngineConfig, server_config: ServerConfig, listener: sock
         await engine.shutdown()
 
 
-async def _start_grpc(service: Any, config: ServerConfig) -> Any:
+async def _start_grpc(fleet: Any, config: ServerConfig) -> Any:
     if config.grpc_port is None:
         return None
     from miniinfer.serve import grpc
 
-    remote, port = await grpc.start(service, config.host, config.grpc_port)
-    print(f"{service.model} is ready over gRPC at {config.host}:{port}", flush=True)
+    remote, port = await grpc.start(fleet, config.host, config.grpc_port)
+    print(f"{fleet.default.model} is ready over gRPC at {config.host}:{port}", flush=True)
     return remote
 
 
@@ -89,12 +88,6 @@ def _import_server() -> ModuleType:
 def model_name(model: str, config: ServerConfig) -> str:
     """What clients call the model: as configured, else a folder's own name, else the hub name as it is."""
     return config.served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
-
-
-def sampling_defaults(info: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's own recommendation, which holds for what a client leaves open."""
-    values = read_generation_config(Path(info["folder"]))
-    return {name: values[name] for name in _SAMPLING_DEFAULTS if values.get(name) is not None}
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from miniinfer import __version__
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.schemas import Shape, described
 from miniinfer.serve.service import Service
 
@@ -85,17 +86,21 @@ def load(service: Service, rate: float) -> dict[str, Any]:
     }
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     routes = APIRouter()
-    rate = _Rate()
+    rates: dict[str, _Rate] = {}
 
     @routes.get("/v1/loads", **described(answer=Loads))
     async def loads() -> Response:
-        entry = load(service, rate(service.metrics.generation_tokens, time.monotonic()))
-        return JSONResponse({"timestamp": datetime.now(UTC).isoformat(), "version": __version__, "dp_rank_count": 1, "loads": [entry]})
+        now, entries = time.monotonic(), []
+        for member in fleet.members.values():
+            if member.service is not None and member.state == "loaded":
+                rate = rates.setdefault(member.name, _Rate())
+                entries.append(load(member.service, rate(member.service.metrics.generation_tokens, now)))
+        return JSONResponse({"timestamp": datetime.now(UTC).isoformat(), "version": __version__, "dp_rank_count": 1, "loads": entries})
 
     @routes.get("/load", **described(answer=ServerLoad))
     async def server_load() -> Response:
-        return JSONResponse({"server_load": service.unfinished})
+        return JSONResponse({"server_load": fleet.unfinished})
 
     return routes

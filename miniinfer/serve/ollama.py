@@ -24,6 +24,7 @@ from miniinfer import __version__
 from miniinfer.data import MAX_LOGPROBS, CompletionOutput, RequestOutput, SamplingParams
 from miniinfer.serve.answers import Prompt, encode
 from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
+from miniinfer.serve.fleet import Fleet, Member
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TokenIds, Tools, between, checked
 from miniinfer.serve.schemas import Shape, Version, described
@@ -363,31 +364,39 @@ def _now() -> str:
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-def _details(service: Service) -> dict[str, Any]:
-    info = service.engine.info
+def _details(info: dict[str, Any]) -> dict[str, Any]:
     count, family = info.get("num_parameters", 0), info.get("family", "")
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(info.get("dtype", ""), info.get("dtype", ""))
     return {"parent_model": "", "format": "safetensors", "family": family, "families": [family], "parameter_size": size, "quantization_level": kind}
 
 
-def _model(service: Service) -> dict[str, Any]:
-    """The one model, as lists show it. Its digest is of its files' names, sizes and times: it changes when they do."""
-    folder = service.engine.info.get("folder")
+def _model(member: Member) -> dict[str, Any]:
+    """A model, as lists show it; of one that was never loaded not all is known. Its digest is of its files' names, sizes and times: it changes
+    when they do."""
+    info = member.service.engine.info if member.service is not None else {}
+    folder = info.get("folder")
     files = sorted(path for path in Path(folder).iterdir() if path.is_file()) if folder else []
     states = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in files]
-    changed = max((at for _, _, at in states), default=float(service.created))
+    changed = max((at for _, _, at in states), default=float(member.created))
     return {
-        "name": service.model,
-        "model": service.model,
+        "name": member.name,
+        "model": member.name,
         "modified_at": datetime.fromtimestamp(changed, UTC).isoformat().replace("+00:00", "Z"),
         "size": sum(size for name, size, _ in states if name.endswith(".safetensors")),
-        "digest": hashlib.sha256(repr((service.model, states)).encode()).hexdigest(),
-        "details": _details(service),
+        "digest": hashlib.sha256(repr((member.name, states)).encode()).hexdigest(),
+        "details": _details(info),
     }
 
 
-def _shown(service: Service) -> dict[str, Any]:
+def _running(member: Member) -> dict[str, Any]:
+    """The same of one in memory."""
+    model, info = _model(member), member.service.engine.info if member.service is not None else {}
+    on_gpu = model["size"] if info.get("device", "cpu") != "cpu" else 0
+    return model | {"expires_at": _NEVER, "size_vram": on_gpu, "context_length": info.get("max_model_len")}
+
+
+def _shown(member: Member, service: Service) -> dict[str, Any]:
     tokenizer, info = service.engine.tokenizer, service.engine.info
     template = tokenizer.chat_templates.get("default") if tokenizer else None
     family = info.get("family", "")
@@ -396,7 +405,7 @@ def _shown(service: Service) -> dict[str, Any]:
         "modelfile": f"FROM {service.model}\n",
         "parameters": "\n".join(f"{name} {value}" for name, value in service.defaults.items()),
         "template": template.text if template else "",
-        "details": _details(service),
+        "details": _details(info),
         "model_info": {
             "general.architecture": family,
             "general.parameter_count": info.get("num_parameters", 0),
@@ -404,7 +413,7 @@ def _shown(service: Service) -> dict[str, Any]:
             f"{family}.vocab_size": info["vocab_size"],
         },
         "capabilities": ["completion", *(name for name, has in able.items() if has)],
-        "modified_at": _model(service)["modified_at"],
+        "modified_at": _model(member)["modified_at"],
     }
 
 
@@ -456,7 +465,7 @@ class Shown(Shape):
     capabilities: list[str]
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """The routes below /api."""
     routes = APIRouter(prefix="/api")
 
@@ -465,9 +474,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/chat", **shapes(OllamaChatRequest, OllamaChatShape, _LINES))
     async def chat(http: Request) -> Response:
-        arrived, request = time.monotonic_ns(), await _read(service, http, OllamaChatRequest)
+        arrived, (service, request) = time.monotonic_ns(), await _read(fleet, http, OllamaChatRequest)
         if not request.messages:
-            return _loaded(service, request, message={"role": "assistant", "content": ""})
+            return await _loaded(fleet, request, message={"role": "assistant", "content": ""})
         messages = [message.for_chat(i) for i, message in enumerate(request.messages)]
         answer, params = await prepare(service, request.chat(service, messages, tools=request.tools or None), OllamaChatAnswer, "chat-", _NAMES)
         answer.arrived = arrived
@@ -475,16 +484,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/generate", **shapes(GenerateRequest, GenerateShape, _LINES))
     async def generate(http: Request) -> Response:
-        arrived, request = time.monotonic_ns(), await _read(service, http, GenerateRequest)
+        arrived, (service, request) = time.monotonic_ns(), await _read(fleet, http, GenerateRequest)
         if not request.prompt:
-            return _loaded(service, request, response="")
+            return await _loaded(fleet, request, response="")
         answer, params = await _generation(service, request)
         answer.arrived = arrived
         return await service.respond(http, answer, params)
 
     @routes.post("/embed", **shapes(EmbedRequest, Embedded))
     async def embed(http: Request) -> Response:
-        arrived, request = time.monotonic_ns(), await _read(service, http, EmbedRequest)
+        arrived, (service, request) = time.monotonic_ns(), await _read(fleet, http, EmbedRequest)
         texts = [request.input] if isinstance(request.input, str) else request.input
         prompts = [Prompt(await service.encode(text, True, "input")) for text in texts]
         if request.truncate:
@@ -497,19 +506,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/tags", **shapes(None, OllamaModels))
     async def tags() -> Response:
-        return JSONResponse({"models": [_model(service)]})
+        return JSONResponse({"models": [_model(member) for member in fleet.members.values()]})
 
     @routes.get("/ps", **shapes(None, OllamaModels))
     async def running() -> Response:
-        model = _model(service)
-        on_gpu = model["size"] if service.engine.info.get("device", "cpu") != "cpu" else 0
-        more = {"expires_at": _NEVER, "size_vram": on_gpu, "context_length": service.engine.info["max_model_len"]}
-        return JSONResponse({"models": [model | more] if service.engine.is_alive else []})
+        return JSONResponse({"models": [_running(member) for member in fleet.members.values() if member.state == "loaded"]})
 
     @routes.post("/show", **shapes(ShowRequest, Shown))
     async def show(http: Request) -> Response:
-        await _read(service, http, ShowRequest)
-        return JSONResponse(_shown(service))
+        service, request = await _read(fleet, http, ShowRequest)
+        return JSONResponse(_shown(fleet.find(request.model), service))
 
     @routes.get("/version", **shapes(None, Version))
     async def version() -> Response:
@@ -518,9 +524,9 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _read(service: Service, http: Request, kind: type[Any]) -> Any:
-    """The body. Ollama's users leave curl's content type as it is; a page in a browser, which is told by its origin, may not."""
-    return await service.read(http, kind, any_type="origin" not in http.headers)
+async def _read(fleet: Fleet, http: Request, kind: type[Any]) -> tuple[Service, Any]:
+    """The model and the body. Ollama's users leave curl's content type as it is; a page in a browser, which is told by its origin, may not."""
+    return await fleet.read(http, kind, any_type="origin" not in http.headers)
 
 
 async def _generation(service: Service, request: GenerateRequest) -> tuple[GenerateAnswer, SamplingParams]:
@@ -536,7 +542,9 @@ async def _generation(service: Service, request: GenerateRequest) -> tuple[Gener
     return answer, params
 
 
-def _loaded(service: Service, request: Asked, **empty: Any) -> Response:
-    """What a request for nothing gets: a client sees that the model is there."""
-    reason = "unload" if request.keep_alive in (0, "0") else "load"
-    return JSONResponse({"model": service.model, "created_at": _now(), **empty, "done": True, "done_reason": reason})
+async def _loaded(fleet: Fleet, request: Asked, **empty: Any) -> Response:
+    """What a request for nothing does: it loads the model or, if it is not to be kept, unloads it; a server's only model stays."""
+    member, reason = fleet.find(request.model), "unload" if request.keep_alive in (0, "0") else "load"
+    if fleet.changes:
+        await (fleet.load if reason == "load" else fleet.unload)(member)
+    return JSONResponse({"model": member.name, "created_at": _now(), **empty, "done": True, "done_reason": reason})

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from miniinfer.data import SamplingParams
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
 from miniinfer.serve.beams import beam_answer
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.infill import infill_ids
 from miniinfer.serve.parsers import Formats
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
@@ -57,21 +58,21 @@ async def _infill(service: Service, prompt: str, suffix: str, add_special_tokens
         raise ApiError.from_value_error(e) from None
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """The routes below /v1."""
     routes = APIRouter(prefix="/v1")
-    engine = service.engine
 
     @routes.post("/chat/completions", **described(ChatRequest, ChatCompletion, stream="text/event-stream"))
     async def chat(http: Request) -> Response:
-        answer, params = await chat_answer(service, await service.read(http, ChatRequest), ChatAnswer, "chatcmpl-")
+        service, request = await fleet.read(http, ChatRequest)
+        answer, params = await chat_answer(service, request, ChatAnswer, "chatcmpl-")
         if answer.request.use_beam_search:
             return await service.reply(http, beam_answer(service, answer, params), answer.id)
         return await service.respond(http, answer, params)
 
     @routes.post("/completions", **described(CompletionRequest, Completion, stream="text/event-stream"))
     async def completions(http: Request) -> Response:
-        request = await service.read(http, CompletionRequest)
+        service, request = await fleet.read(http, CompletionRequest)
         params = request.params(service.defaults)
         prompts = []
         for given in request.prompt:
@@ -81,18 +82,17 @@ def router(service: Service) -> APIRouter:
                 prompts.append(Prompt(await service.encode(given, request.add_special_tokens is not False, "prompt"), given))
             else:
                 prompts.append(Prompt(given))
-        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, engine.tokenizer)
+        answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, service.engine.tokenizer)
         if request.use_beam_search:
             return await service.reply(http, beam_answer(service, answer, params), answer.id)
         return await service.respond(http, answer, params)
 
     @routes.get("/models", **described(answer=ModelList))
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [service.card()]})
+        return JSONResponse({"object": "list", "data": fleet.cards()})
 
     @routes.get("/models/{model:path}", **described(answer=Model))
     async def one_model(model: str) -> Response:
-        service.check_model(model)
-        return JSONResponse(service.card())
+        return JSONResponse(fleet.find(model).card(model))
 
     return routes

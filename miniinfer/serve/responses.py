@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from miniinfer.serve.answers import encode
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.openai import chat_answer
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TemplateVariables, between, checked
 from miniinfer.serve.response_items import ResponseAnswer, ResponseShape, messages_of
@@ -300,14 +301,14 @@ class ItemList(Shape):
     has_more: bool
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """The routes below /v1/responses."""
     routes = APIRouter(prefix="/v1/responses")
     store = Store()
 
     @routes.post("", **described(ResponsesRequest, ResponseShape, stream="text/event-stream"))
     async def create(http: Request) -> Response:
-        request: ResponsesRequest = await service.read(http, ResponsesRequest)
+        service, request = await fleet.read(http, ResponsesRequest)
         if request.background and (request.stream or not request.store):
             raise ApiError(400, "background: only without stream and with store", param="background")
         previous = request.previous_response_id
@@ -328,7 +329,7 @@ def router(service: Service) -> APIRouter:
         if not request.background:
             return await service.respond(http, answer, params)
         service.check_length(answer.prompts[0], params.max_tokens)
-        service.admit(1)
+        service.gate.admit(1)
         stored.task = asyncio.create_task(_compute(service, answer, params))
         store.put(stored)
         return _json(answer.response)

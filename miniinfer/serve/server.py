@@ -17,11 +17,11 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniinfer.serve.app import build_app
+from miniinfer.serve.fleet import Fleet, Member
 from miniinfer.serve.metrics import log_throughput
-from miniinfer.serve.service import Service
 from miniinfer.utils import get_logger
 
-__all__ = ["Service", "Server", "greeting", "log_throughput", "uvicorn_config"]
+__all__ = ["Fleet", "Member", "Server", "greeting", "log_throughput", "uvicorn_config"]
 
 log = get_logger(__name__)
 
@@ -32,8 +32,9 @@ STALL_SECONDS = 60.0  # that a client may leave what it was sent unread before i
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
 
 
-def greeting(service: Service, listener: socket.socket) -> str:
+def greeting(fleet: Fleet, listener: socket.socket) -> str:
     """Where the server is, its page, and a command that talks to it."""
+    service, names = fleet.default, ", ".join(fleet.members)
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     tokenizer, url = service.engine.tokenizer, f"http://{host}:{port}/v1"
@@ -44,18 +45,18 @@ def greeting(service: Service, listener: socket.socket) -> str:
         path, body = "chat/completions", body | {"messages": [{"role": "user", "content": "Hello! What are you?"}]}
     else:
         path, body = "completions", body | {"prompt": "Once upon a time"}
-    key = "" if not service.config.guarded else " -H 'Authorization: Bearer YOUR-KEY'"
+    key = "" if not fleet.config.guarded else " -H 'Authorization: Bearer YOUR-KEY'"
     curl = f"curl {url}/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     page = url.removesuffix("v1")
-    return f"{service.model} is ready at {url} and, in a browser, at {page} (Ctrl+C stops it). Try:\n  {curl}"
+    return f"{names} {'is' if len(fleet.members) == 1 else 'are'} ready at {url} and, in a browser, at {page} (Ctrl+C stops it). Try:\n  {curl}"
 
 
-def uvicorn_config(service: Service) -> uvicorn.Config:
+def uvicorn_config(fleet: Fleet) -> uvicorn.Config:
     """How uvicorn runs our application; its log has our handlers, and only errors to tell."""
     return uvicorn.Config(
-        build_app(service),
+        build_app(fleet),
         port=0,  # of no effect where the socket is given
-        http=type("Protocol", (_Protocol,), {"most": service.config.max_connections}),
+        http=type("Protocol", (_Protocol,), {"most": fleet.config.max_connections}),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -144,9 +145,9 @@ class _Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn under our own signal handling: drain, then abort what is left; a second signal aborts at once."""
 
-    def __init__(self, service: Service, listener: socket.socket) -> None:
-        super().__init__(uvicorn_config(service))
-        self._service, self._greeting = service, greeting(service, listener)
+    def __init__(self, fleet: Fleet, listener: socket.socket) -> None:
+        super().__init__(uvicorn_config(fleet))
+        self._fleet, self._greeting = fleet, greeting(fleet, listener)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -159,9 +160,9 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """First call: no new requests, those that run may end within DRAIN_SECONDS. Second call: abort them."""
         if self.should_exit:
-            self._service.abort_all()
+            self._fleet.abort_all()
             self.force_exit = True
             return
-        log.info("stopping; %d requests may end within %.0f s, a second signal aborts them", self._service.unfinished, DRAIN_SECONDS)
-        self._service.draining = self.should_exit = True
-        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._service.abort_all)
+        log.info("stopping; %d requests may end within %.0f s, a second signal aborts them", self._fleet.unfinished, DRAIN_SECONDS)
+        self._fleet.gate.draining = self.should_exit = True
+        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._fleet.abort_all)

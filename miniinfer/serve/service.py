@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -20,38 +20,29 @@ from starlette.types import Receive, Scope, Send
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
-from miniinfer.serve.admission import Admission, caller, deadline_seconds
+from miniinfer.serve.admission import DRAINING, Gate, caller, deadline_seconds
 from miniinfer.serve.answers import Answer, Prompt
-from miniinfer.serve.auth import load_keys
-from miniinfer.serve.logs import log_request
 from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.parsers import Formats, choose
-from miniinfer.serve.protocol import ApiError, parse
-from miniinfer.serve.record import Sink
-from miniinfer.serve.tracing import Tracer
+from miniinfer.serve.protocol import ApiError
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
 
 _BODY_SECONDS = 60.0  # a client that takes longer to send its body is given up
-_DRAINING = "the server is shutting down"
 
 T = TypeVar("T")
 
 
 class Service:
-    """What all routes share: one engine under one model name. `defaults` are sampling parameters of the checkpoint's own."""
+    """One model's requests. `defaults` are sampling parameters of the checkpoint's own, `gate` is shared with the server's other models."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, model: str, defaults: dict[str, Any]) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, model: str, defaults: dict[str, Any], gate: Gate | None = None) -> None:
         self.engine, self.config, self.model, self.defaults = engine, config, model, defaults
+        self.gate = gate or Gate(config)
         self.metrics = Metrics(lambda: self.engine, model)
-        self.sinks: list[Sink] = [log_request]  # told of every HTTP request when it has ended
-        if config.otlp_endpoint is not None:
-            self.sinks.append(Tracer(config.otlp_endpoint))
         self.created = int(time.time())
-        self.draining = False
-        self.admission = Admission(config)
-        self.keys = load_keys(config)
+        self.hold: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext  # has the engine in memory for as long as that lasts
         self._late: set[str] = set()  # those of them whose deadline has passed
         self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
 
@@ -76,32 +67,10 @@ class Service:
 
     # ----------------------------------------------------------------------------------------------------- requests
 
-    async def read(self, http: Request, kind: type[Any], any_type: bool = False) -> Any:
-        """The checked request, if the server takes it at all; `any_type`: whatever its head says of its content."""
-        self.admit(0)
-        kind_of_body = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind_of_body != "application/json" and not any_type:
-            raise ApiError(415, f"the content type must be application/json, got {kind_of_body!r}")
-        request = parse(kind, await _read_body(http, self.config.max_body_mib))
-        if request.model is not None:
-            self.check_model(request.model)
-        return request
-
-    def admit(self, prompts: int) -> None:
-        """Does the server take so many more prompts? ApiError 503 or 429 if not."""
-        if self.draining:
-            raise ApiError(503, _DRAINING)
+    def check_alive(self) -> None:
+        """ApiError 503 if the engine has died."""
         if not self.engine.is_alive:
             raise ApiError(503, "the engine has died")
-        self.admission.check(max(prompts, 1))
-
-    def check_model(self, name: str) -> None:
-        if name != self.model:
-            raise ApiError(404, f"the model '{name}' does not exist; this server has '{self.model}'", param="model", code="model_not_found")
-
-    def card(self) -> dict[str, Any]:
-        length = self.engine.info.get("max_model_len")
-        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "miniinfer", "max_model_len": length}
 
     async def encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
         try:
@@ -176,13 +145,20 @@ class Service:
 
     async def items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[RequestOutput]:
         """The engine's news of all the request's prompts, output indices being the request's. Closing it aborts what is unfinished."""
+        self.gate.admit(len(answer.prompts))
+        async with self.hold(), aclosing(self._items(answer, params)) as items:
+            async for item in items:
+                yield item
+
+    async def _items(self, answer: Answer, params: SamplingParams) -> AsyncGenerator[RequestOutput]:
+        """The same once the engine is there."""
+        self.check_alive()
         request, count = answer.request, len(answer.prompts)
-        self.admit(count)
         output = None if params.max_tokens is None else params.n * params.max_tokens
         client, priority = caller.get().client, request.priority
         if client is not None:  # a key's priority is not for its holder to better
             priority = client.priority + max(0, priority)
-        ticket = self.admission.enter([len(p.token_ids) for p in answer.prompts], output, client)
+        ticket = self.gate.admission.enter([len(p.token_ids) for p in answer.prompts], output, client)
         timer, end = Timer(self.metrics, answer.id, [len(p.token_ids) for p in answer.prompts], len(answer.choices), params), "error"
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
         numbers = {request_id: i for i, request_id in enumerate(ids)}
@@ -239,7 +215,7 @@ class Service:
         """What a request hears that did not end by itself."""
         if not self._late.isdisjoint(ids):
             return ApiError(408, "the request's own time limit (timeout or x-request-timeout) has passed", code="timeout")
-        return ApiError(503, _DRAINING if self.draining else "the engine gave the request up")
+        return ApiError(503, DRAINING if self.gate.draining else "the engine gave the request up")
 
 
 class EventStream(StreamingResponse):
@@ -316,7 +292,7 @@ async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def _read_body(http: Request, limit_mib: int) -> bytes:
+async def read_body(http: Request, limit_mib: int) -> bytes:
     """The body, never holding more than the limit of it."""
     limit, parts, size = limit_mib << 20, [], 0
     too_large = ApiError(413, f"the body is larger than {limit_mib} MiB")

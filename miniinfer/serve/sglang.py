@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from miniinfer import __version__
 from miniinfer.data import MAX_LOGPROBS, CompletionOutput, Logprob, SamplingParams
 from miniinfer.serve.answers import Answer, Choice, Prompt, Table, encode
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import renamed
 from miniinfer.serve.protocol import ApiError, CompletionRequest, Strict, TokenIds, between, checked
 from miniinfer.serve.schemas import Shape, State, described
@@ -223,32 +224,35 @@ class ServerInfo(Shape):
     version: str
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """The routes, at the root as SGLang has them."""
     routes = APIRouter()
 
     @routes.post("/generate", **described(SglangRequest, Generated | list[Generated], stream="text/event-stream"))
     async def generate(http: Request) -> Response:
-        asked: SglangRequest = await service.read(http, SglangRequest)
+        service, asked = await fleet.read(http, SglangRequest)
         request, params = asked.completion(service)
         answer = _answer(service, request, params, [await _prompt(service, given) for given in asked.prompts])
         answer.asked = asked
         return await service.respond(http, answer, params)
 
     @routes.get("/get_model_info", **described(answer=ModelInfo))
-    async def model_info() -> Response:
+    async def model_info(model: str | None = None) -> Response:
+        service = await fleet.service(model)
         return JSONResponse({**_about(service), "is_generation": True, "preferred_sampling_params": None})
 
     @routes.get("/get_server_info", **described(answer=ServerInfo))
-    async def server_info() -> Response:
+    async def server_info(model: str | None = None) -> Response:
+        service = await fleet.service(model)
         info = service.engine.info
         facts = {name: info[name] for name in ("max_model_len", "max_num_seqs", "vocab_size", "dtype", "device", "page_size") if name in info}
         state = {**service.engine.stats, "unfinished": service.unfinished}
         return JSONResponse({**_about(service), "version": __version__, **facts, "internal_states": [state]})
 
     @routes.get("/health_generate", **described(answer=State, error=State))
-    async def health_generate() -> Response:
+    async def health_generate(model: str | None = None) -> Response:
         """Does the engine make a token, in reasonable time."""
+        service = await fleet.service(model)
         params = SamplingParams(max_tokens=1, temperature=0)
         request = checked(CompletionRequest, {"prompt": [[0]]})
         try:
@@ -261,9 +265,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/flush_cache", **described(answer=str, media="text/plain"))
     @routes.post("/flush_cache", **described(answer=str, media="text/plain"))
-    async def flush_cache() -> Response:
+    async def flush_cache(model: str | None = None) -> Response:
         """Forgets all cached prefixes that no request is using."""
-        await service.control("reset_prefix_cache")
+        await (await fleet.service(model)).control("reset_prefix_cache")
         return Response("Cache flushed.\n", media_type="text/plain")
 
     return routes

@@ -9,9 +9,9 @@ from pydantic import ConfigDict, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.protocol import ApiError, Message, Strict, TemplateVariables, TokenIds, Tools
 from miniinfer.serve.schemas import Shape, described
-from miniinfer.serve.service import Service
 
 SHORT = 4096  # tokens; decoding more is worth a thread
 
@@ -62,13 +62,13 @@ class Detokenized(Shape):
     prompt: str
 
 
-def router(service: Service) -> APIRouter:
+def router(fleet: Fleet) -> APIRouter:
     """Both routes, at the root as vLLM has them."""
     routes = APIRouter()
 
     @routes.post("/tokenize", **described(TokenizeRequest, Tokenized))
     async def tokenize(http: Request) -> Response:
-        request = await service.read(http, TokenizeRequest)
+        service, request = await fleet.read(http, TokenizeRequest)
         if request.prompt is not None:
             ids = await service.encode(request.prompt, request.add_special_tokens is not False, "prompt")
         else:
@@ -86,7 +86,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/detokenize", **described(DetokenizeRequest, Detokenized))
     async def detokenize(http: Request) -> Response:
-        request = await service.read(http, DetokenizeRequest)
+        service, request = await fleet.read(http, DetokenizeRequest)
         tokenizer, vocabulary = service.engine.tokenizer, service.engine.info["vocab_size"]
         if tokenizer is None:
             raise ApiError(400, "tokens: the server runs without a tokenizer", param="tokens")

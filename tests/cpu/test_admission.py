@@ -61,7 +61,7 @@ def every_route(router: Any) -> Iterator[Any]:
 def test_with_a_key_every_route_but_health_asks_for_it() -> None:
     with Server(FakeEngine(None), api_key=KEY) as server:
         walked: set[str] = set()
-        for route in every_route(build_app(server.api)):
+        for route in every_route(build_app(server.fleet)):
             path = route.path.replace("{name}", "index.html").replace(":path}", "}").replace("{", "").replace("}", "")
             for method in route.methods:
                 status = ask(server, method, path, {})[0]
@@ -236,7 +236,7 @@ def test_a_full_server_says_when_to_come_back(tokenizer: Tokenizer) -> None:
         for thread in threads:
             thread.join()
         assert ask(server, "POST", COMPLETIONS, {"prompt": "x"})[0] == 200
-        assert server.api.admission.requests == server.api.admission.tokens == 0
+        assert server.api.gate.admission.requests == server.api.gate.admission.tokens == 0
 
 
 @pytest.mark.parametrize("how", ["header", "field"])
@@ -253,7 +253,7 @@ def test_a_deadline_ends_a_request_alone(tokenizer: Tokenizer, how: str) -> None
         assert status == 200 and len(events) > 3 and last["error"]["code"] == "timeout"
         engine.delay = 0.0
         assert ask(server, "POST", COMPLETIONS, {"prompt": "x", **field}, **headers)[0] == 200
-        assert not engine.open and server.api.admission.requests == 0
+        assert not engine.open and server.api.gate.admission.requests == 0
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", "1e9"])

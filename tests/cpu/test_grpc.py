@@ -18,6 +18,7 @@ from serve_fake import END, FakeEngine
 from miniinfer.config import ServerConfig
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve import grpc as served
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.service import Service
 
 API = served.Api()
@@ -58,7 +59,7 @@ def serve(tokenizer: Tokenizer, test: Callable[[Client], Coroutine[Any, Any, Non
     @asynccontextmanager
     async def client() -> AsyncGenerator[Client]:
         service = Service(FakeEngine(tokenizer), ServerConfig(**options), "tiny", {})  # type: ignore[arg-type]
-        server, port = await served.start(service, "127.0.0.1", 0)
+        server, port = await served.start(Fleet.of(service), "127.0.0.1", 0)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield Client(channel, service)
         await server.stop(None)
@@ -154,7 +155,7 @@ def test_admission(tokenizer: Tokenizer) -> None:
         assert int(dict(await call.trailing_metadata())["retry-after"]) >= 1
         client.engine.gate.set()
         assert (await first)[-1].finish_reason == "stop"
-        client.service.draining = True
+        client.service.gate.draining = True
         assert (await code_of(client.run(request())))[0] == grpc.StatusCode.UNAVAILABLE
 
     serve(tokenizer, test, max_waiting=1)

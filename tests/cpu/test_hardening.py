@@ -145,7 +145,7 @@ def test_a_reader_that_does_not_read_is_given_up_and_its_request_aborted(tokeniz
         assert sock.recv(100).startswith(b"HTTP/1.1 200")
         until(lambda: engine.open)
         until(lambda: not engine.open, 15)  # never read again
-        assert engine.aborted and server.api.admission.requests == 0
+        assert engine.aborted and server.api.gate.admission.requests == 0
         assert well(server)
         sock.close()
 

@@ -275,7 +275,7 @@ def test_a_span_for_every_request(server: Server) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     exporter = memory.InMemorySpanExporter()
     tracer = tracing.Tracer("http://127.0.0.1:9", exporter)
-    server.api.sinks.append(tracer)
+    server.fleet.sinks.append(tracer)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     assert ask(server, CHAT, {**HELLO, "max_tokens": 3, "temperature": 0.5}, traceparent=parent, x_request_id="mine")[0] == 200
     assert ask(server, "/v1/completions", {"prompt": "x", "stream": True}, traceparent="garbage")[0] == 200
@@ -323,7 +323,7 @@ def test_spans_go_over_http() -> None:
 
 def test_a_sink_that_fails_harms_nobody(server: Server) -> None:
     seen: list[Record] = []
-    server.api.sinks[:0] = [lambda record: 1 / 0, seen.append]
+    server.fleet.sinks[:0] = [lambda record: 1 / 0, seen.append]
     assert ask(server, CHAT, HELLO)[0] == 200 and ask(server, "/live")[0] == 200
     assert len(seen) >= 1
 

@@ -516,7 +516,7 @@ def test_overload_and_draining(tokenizer: Tokenizer) -> None:
         for thread in first:
             thread.join()
         assert post(server, "/v1/completions", {"prompt": ["a", "b", "c"]})[0] == 400
-        server.api.draining = True
+        server.api.gate.draining = True
         assert post(server, CHAT, {"messages": HELLO})[0] == 503 and get(server, "/ready")[0] == 503 and get(server, "/live")[0] == 200
 
 

@@ -13,6 +13,7 @@ from serve_process import ServerProcess, raw_request, stream, wait_for
 
 from miniinfer.config import EngineConfig, ServerConfig
 from miniinfer.engine.client import AsyncEngine
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.server import uvicorn_config
 from miniinfer.serve.service import Service
 
@@ -63,7 +64,7 @@ def test_500_disconnects_leave_nothing(folder: Path) -> None:
         engine = AsyncEngine(EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1, max_num_seqs=16, num_pages=400))
         await engine.start()
         api = Service(engine, ServerConfig(), "tiny", {})
-        server = uvicorn.Server(uvicorn_config(api))
+        server = uvicorn.Server(uvicorn_config(Fleet.of(api)))
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
