@@ -18,7 +18,8 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
-MAX_KEEP_SECONDS = 3600
+MAX_KEEP_SECONDS = 86400
+MAX_KEEP_PREFIXES = 8
 POOLINGS = ("last", "mean")  # what an embedding may be made of: the last token's final hidden state, or the mean of all
 MAX_GRAMMAR_BYTES = 256 << 10  # of a schema, a grammar, a regular expression or all choices together
 STRUCTURED = "json json_object regex choice grammar structural_tag".split()
@@ -107,6 +108,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     skip_special_tokens: Annotated[bool, "leave special tokens out of the text"] = True
     detokenize: Annotated[bool, "turn tokens into text"] = True
     keep_cache_seconds: Annotated[float, "while that long, evict other prefixes first: for a conversation whose tool is running"] = 0.0
+    keep_cache_prefixes: Annotated[list[tuple[int, float]] | None, "the same for the first so many tokens only: pairs of tokens and seconds"] = None
     explain_cache: Annotated[bool, "say why the first token that was not found in the prefix cache was not"] = False
     structured_outputs: Annotated[StructuredOutputsParams | None, "what the output must look like"] = None
 
@@ -134,6 +136,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         check(len(self.stop_token_ids or ()) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
         check(all(self.stop or []), "stop", "non-empty strings")
         check(0 <= self.keep_cache_seconds <= MAX_KEEP_SECONDS, "keep_cache_seconds", f"from 0 to {MAX_KEEP_SECONDS}")
+        if self.keep_cache_prefixes:
+            fine = all(tokens >= 1 and 0 < seconds <= MAX_KEEP_SECONDS for tokens, seconds in self.keep_cache_prefixes)
+            rule = f"at most {MAX_KEEP_PREFIXES} pairs (tokens, seconds up to {MAX_KEEP_SECONDS})"
+            check(fine and len(self.keep_cache_prefixes) <= MAX_KEEP_PREFIXES, "keep_cache_prefixes", rule)
         if self.logit_bias:
             check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
             check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
@@ -266,10 +272,11 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     output: list[int] = []  # what it had produced before the engine process was replaced; it goes on behind that
     seed: int | None = None  # the sequence's own, fixed by the sender so that a replacement draws the same tokens; None: by params
     pooling: str | None = None  # "last" or "mean": the prompt's hidden states are wanted, and no output
+    pin: bool = False  # the prompt's pages are to go last, until an Abort of this id, however the sequence ends
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
-    """To the engine: forget these sequences at once; unknown ids are ignored."""
+    """To the engine: forget these sequences at once, and what they have pinned; unknown ids are ignored."""
 
     ids: list[str]
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from miniinfer.cache.pins import Pin, Pins
 from miniinfer.cache.pool import PagePool
 from miniinfer.cache.radix import NO_MATCH, TOKEN_BYTES, Match, Node, RadixTree, pack
 from miniinfer.data import Request
@@ -43,14 +44,26 @@ class CacheManager:
 
     With `enabled` False requests share nothing, except siblings (n > 1) of one group while the group lives. If `deterministic`, only what was
     computed in chunks of a prompt is shared, and only with chunks of prompts: generated tokens, and prompts of one token, are computed
-    by other kernels, whose last bits may differ."""
+    by other kernels, whose last bits may differ.
 
-    def __init__(self, kinds: tuple[int, ...], num_pages: Sequence[int], page_size: int, enabled: bool, deterministic: bool = False) -> None:
+    Pinned pages (`pin`, at most `max_pinned` of all) count as taken, except for a request that runs alone (`pins` in what follows): so whoever
+    could run without pins can run with them, and nobody waits for ever."""
+
+    def __init__(
+        self,
+        kinds: tuple[int, ...],
+        num_pages: Sequence[int],
+        page_size: int,
+        enabled: bool,
+        deterministic: bool = False,
+        max_pinned: float = 0.25,
+    ) -> None:
         if not kinds or len(kinds) != len(num_pages):
             raise ValueError(f"num_pages: expected one number for each of the state kinds {kinds}, got {list(num_pages)}")
         self.kinds, self.page_size, self.enabled, self.deterministic = kinds, page_size, enabled, deterministic
         self.pools = [PagePool(n) for n in num_pages]
-        self.tree = RadixTree(kinds, page_size, self.pools)
+        self.pins = Pins([pool.size for pool in self.pools], max_pinned)
+        self.tree = RadixTree(kinds, page_size, self.pools, self.pins.pinned)
         self.query_tokens = 0  # of prompts admitted
         self.hit_tokens = 0  # of those, found in the cache
         self._full = [k for k, window in enumerate(kinds) if not window]
@@ -73,9 +86,10 @@ class CacheManager:
         """How many tokens a sliding kind's pool takes beside a window, at any alignment; below 1 sequences end before they could slide."""
         return (self.pools[kind].size - 1) * self.page_size + 2 - self.kinds[kind] if self.kinds[kind] else 0
 
-    def num_available(self, kind: int) -> int:
-        """Pages of a kind that no request holds: free or evictable."""
-        return self.pools[kind].num_free + self.tree.num_evictable(kind)
+    def num_available(self, kind: int, pins: bool = False) -> int:
+        """Pages of a kind that no request holds and that are not pinned (`pins`: or are): free or evictable."""
+        idle = self.tree.evictable(kind)
+        return self.pools[kind].num_free + len(idle) - (0 if pins else idle.num_pinned)
 
     # -------------------------------------------------------------------------------------------- a request's pages
 
@@ -93,7 +107,7 @@ class CacheManager:
             del self._members[request.group]
             self.tree.clear_namespace(request.group)
 
-    def admit(self, request: Request, chunk: int, headroom: int, entries: list[PageEntry], copies: list[PageCopy]) -> bool:
+    def admit(self, request: Request, chunk: int, headroom: int, entries: list[PageEntry], copies: list[PageCopy], pins: bool = False) -> bool:
         """Gives a request with a row its longest cached prefix (sets `computed`) and pages for all its known tokens.
 
         A full kind's pages are all allocated now, a sliding kind's by `extend`. At least one token is left to compute, and all of them
@@ -104,10 +118,10 @@ class CacheManager:
         wants_all |= request.pooling == "mean" or request.alone
         limit = 0 if wants_all else self._reusable(request)
         match = found = NO_MATCH if namespace is None else self.tree.match(namespace, request.tokens, limit)
-        if not self._fits(request, match, chunk, headroom):
+        if not self._fits(request, match, chunk, headroom, pins):
             # A copy's source takes a page more than the request itself: it must not keep a request out that fills the pool.
             match = match.without_source(self.page_size)
-            if not self._fits(request, match, chunk, headroom):
+            if not self._fits(request, match, chunk, headroom, pins):
                 return False
         self._take(request, match, namespace, entries, copies)
         for k in self._full:
@@ -119,6 +133,7 @@ class CacheManager:
             request.cached_tokens = match.length
             self.query_tokens += request.prompt_len
             self.hit_tokens += match.length
+            self.pins.note(request.id, match.nodes)
         return True
 
     def explain(self, request: Request, running: Iterable[Request]) -> str | None:
@@ -147,7 +162,7 @@ class CacheManager:
         shared = self.enabled and namespace and self.tree.match("", tokens, limit).length > at
         return "other_salt" if shared else "never_seen"
 
-    def extend(self, request: Request, upto: int, entries: list[PageEntry]) -> bool:
+    def extend(self, request: Request, upto: int, entries: list[PageEntry], pins: bool = False) -> bool:
         """Makes room for computing tokens [computed, upto); gives up pages behind the windows. False if too few pages are available."""
         pages: Pages = request.pages
         self.commit(request)
@@ -158,7 +173,7 @@ class CacheManager:
                 pages.tables[k][i] = 0
             pages.first[k] = max(pages.first[k], needed)
         total = -(-upto // self.page_size)
-        if any(total - len(table) > self.num_available(k) for k, table in enumerate(pages.tables)):
+        if any(total - len(table) > self.num_available(k, pins) for k, table in enumerate(pages.tables)):
             return False
         for k in range(len(self.kinds)):
             self._grow(request, k, upto, entries)
@@ -188,19 +203,21 @@ class CacheManager:
                 if page and node.pages[k] == page:
                     self.tree.hold(node, k)
 
-    def release(self, request: Request, keep_until: float = 0.0) -> None:
+    def release(self, request: Request, keep: Iterable[tuple[int, float]] = ()) -> None:
         """Takes everything from a request: what is computed stays in the tree, to the token, until evicted; the rest is free at once.
 
-        Until `keep_until`, on the clock of `tick`, others' pages are evicted first, unless half of all pages are kept already.
+        For each (tokens, until) of `keep`, others' pages are evicted before those of its first so many tokens until then, on the clock of `tick`;
+        unless half of all pages are kept already.
         A step in flight may still write to these pages, but only behind the tokens committed here, or the very values they stand for."""
         pages: Pages = request.pages
         self.commit(request)
         tail = self._commit_tail(request)
-        if keep_until and 2 * self.tree.idle.num_kept < min(pool.size for pool in self.pools):
-            for node in pages.nodes:
-                node.keep_until = max(node.keep_until, keep_until)
-            if tail is not None:
-                self.tree.keep(tail, keep_until)
+        if 2 * self.tree.idle.num_kept < min(pool.size for pool in self.pools):
+            for tokens, until in keep:
+                for node in pages.nodes[: -(-tokens // self.page_size)]:
+                    node.keep_until = max(node.keep_until, until)
+                if tail is not None and tokens > len(pages.nodes) * self.page_size:
+                    self.tree.keep(tail, until)
         for i in range(max(map(len, pages.tables)) - 1, -1, -1):  # from the end: the eviction order rests on it
             for k, table in enumerate(pages.tables):
                 if i < len(table) and table[i]:
@@ -225,6 +242,39 @@ class CacheManager:
             self.tree.unlock(pages.top)
         request.pages = None
 
+    def pin(self, id: str, namespace: str, tokens: Sequence[int]) -> str | None:
+        """Pins the whole pages of a prefix, whether or not they are there yet, until `unpin`. Why that is impossible, if it is."""
+        if not self.enabled:
+            return "prefix caching is off (enable_prefix_caching), so nothing can be pinned"
+        tokens = list(tokens[: len(tokens) // self.page_size * self.page_size])
+        if not tokens:
+            return f"the prefix is shorter than a KV page, {self.page_size} tokens: there is nothing to pin"
+        first = [self.tree.first_needed(k, len(tokens)) for k in range(len(self.kinds))]
+        pin = Pin(namespace, tokens, self.tree.digests(namespace, tokens), first)
+        refusal = self.pins.refusal(pin)
+        if refusal is None:
+            self.pins.add(id, pin)
+            self.tree.reorder(namespace, tokens)
+        return refusal
+
+    def unpin(self, ids: Iterable[str]) -> None:
+        """From now on these prefixes are like others. Unknown ids are ignored."""
+        for id in ids:
+            pin = self.pins.remove(id)
+            if pin is not None:
+                self.tree.reorder(pin.namespace, pin.tokens)
+
+    def describe_pins(self) -> dict[str, dict[str, int]]:
+        """By id: the pages of each pin, how many of them are there at present, and how many requests have found them all."""
+        return {
+            id: {
+                "pages": len(pin.digests),
+                "resident": self.tree.match(pin.namespace, pin.tokens, len(pin.tokens)).whole,
+                "hits": pin.hits,
+            }
+            for id, pin in self.pins.by_id.items()
+        }
+
     def tick(self, now: float) -> None:
         """Tells the time: pages that were to be kept until then are like all others again."""
         self.tree.tick(now)
@@ -247,19 +297,19 @@ class CacheManager:
         """How many of its first tokens may come from the cache: at least one is left to compute."""
         return max(0, request.prompt_len - 2) if self.deterministic else len(request.tokens) - 1
 
-    def _fits(self, request: Request, match: Match, chunk: int, headroom: int) -> bool:
+    def _fits(self, request: Request, match: Match, chunk: int, headroom: int, pins: bool) -> bool:
         total = -(-len(request.tokens) // self.page_size)
         for k, window in enumerate(self.kinds):
             first = self.tree.first_needed(k, match.length)
             held = total - first
             if window:
                 held = min(held, (window + chunk - 3) // self.page_size + 2)  # pages that window - 1 + chunk tokens can touch
-            shared = match.nodes[first:]
+            shared, evictable = match.nodes[first:], self.tree.evictable(k)
             # Matched pages that nobody uses count as available now, but no longer once this request has them.
-            idle = sum(not (node.refs[k] if window else node.users) for node in shared)
+            idle = sum(evictable.has(node, pins) for node in shared)
             if match.source is not None:
-                idle += not (match.source.refs[k] if window else match.source.users)
-            if held - len(shared) + idle + headroom > self.num_available(k):
+                idle += evictable.has(match.source, pins)
+            if held - len(shared) + idle + headroom > self.num_available(k, pins):
                 return False
         return True
 
@@ -377,6 +427,8 @@ class CacheManager:
                     places.append(page)
         places.sort()
         _ensure(places == list(range(1, self.pools[k].size + 1)), f"kind {k}: a page is in no place or in two")
+        order, pinned = self.tree.evictable(k), self.pins.pinned[k]
+        _ensure(all(order.has(node, False) != (node.digest in pinned) for node in order), f"kind {k}: a pinned page does not go last")
         if not self.kinds[k]:
             _ensure(all(node.pages[k] for node in nodes), f"kind {k}: a node has lost its page")
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf
@@ -64,14 +64,17 @@ def _common_tokens(a: bytes, b: bytes) -> int:
 
 
 class LRU:
-    """Eviction policy: least recently released first, and nodes that are to be kept for a while only after all others.
+    """Eviction policy: least recently released first; after all others nodes that are to be kept for a while; and last of all pinned ones.
 
     A policy must never name an idle node before its idle descendants. LRU keeps that by itself, because whoever uses a node uses its
-    ancestors too, and lets go of them later (paths are released from the end); and a node is kept as long as any below it."""
+    ancestors too, and lets go of them later (paths are released from the end); and a node is kept or pinned as long as any below it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: Container[int]) -> None:
+        """`pinned`: the digests of nodes that are."""
         self._order: OrderedDict[Node, None] = OrderedDict()
         self._kept: OrderedDict[Node, None] = OrderedDict()
+        self._pinned: OrderedDict[Node, None] = OrderedDict()
+        self._digests = pinned
         self._now, self._next = 0.0, inf  # the time, and when the first of the kept is due
 
     def tick(self, now: float) -> None:
@@ -85,7 +88,9 @@ class LRU:
         self._next = min((node.keep_until for node in self._kept), default=inf)
 
     def add(self, node: Node) -> None:
-        if node.keep_until > self._now:
+        if node.digest in self._digests:
+            self._pinned[node] = None
+        elif node.keep_until > self._now:
             self._kept[node] = None
             self._next = min(self._next, node.keep_until)
         else:
@@ -94,19 +99,28 @@ class LRU:
     def discard(self, node: Node) -> None:
         self._order.pop(node, None)
         self._kept.pop(node, None)
+        self._pinned.pop(node, None)
 
     def pop(self) -> Node:
-        return (self._order or self._kept).popitem(last=False)[0]
+        return (self._order or self._kept or self._pinned).popitem(last=False)[0]
+
+    def has(self, node: Node, pinned: bool) -> bool:
+        """Is this node here; `pinned`: even if it is pinned."""
+        return node in self._order or node in self._kept or (pinned and node in self._pinned)
 
     @property
     def num_kept(self) -> int:
         return len(self._kept)
 
+    @property
+    def num_pinned(self) -> int:
+        return len(self._pinned)
+
     def __len__(self) -> int:
-        return len(self._order) + len(self._kept)
+        return len(self._order) + len(self._kept) + len(self._pinned)
 
     def __iter__(self) -> Iterator[Node]:
-        return chain(self._order, self._kept)
+        return chain(self._order, self._kept, self._pinned)
 
 
 @dataclass(slots=True)
@@ -128,7 +142,8 @@ NO_MATCH = Match([], None, 0, 0)
 class RadixTree:
     """One tree over all namespaces: a namespace is a child of the root without pages. `windows` per kind, 0 = full attention."""
 
-    def __init__(self, windows: Sequence[int], page_size: int, pools: Sequence[PagePool]) -> None:
+    def __init__(self, windows: Sequence[int], page_size: int, pools: Sequence[PagePool], pinned: Sequence[Container[int]]) -> None:
+        """`pinned`: per kind, the digests of nodes whose pages go last."""
         self.windows = tuple(windows)
         self.page_size = page_size
         self.sliding = tuple(k for k, window in enumerate(windows) if window)
@@ -136,8 +151,8 @@ class RadixTree:
         self.evictions = 0
         self._evicted: OrderedDict[int, None] = OrderedDict()  # digests of pages evicted lately, oldest first
         self._pools = pools
-        self.idle = LRU()  # nodes on nobody's path
-        self.idle_pages = {k: LRU() for k in self.sliding}  # nodes whose page of that kind nobody reads
+        self.idle = LRU(() if windows[0] else pinned[0])  # nodes on nobody's path; a full kind, which they are evicted for, comes first
+        self.idle_pages = {k: LRU(pinned[k]) for k in self.sliding}  # nodes whose page of that kind nobody reads
 
     # ---------------------------------------------------------------------------------------------------- lookup
 
@@ -190,6 +205,14 @@ class RadixTree:
             return True
         return any(hash((digest, key[: n * TOKEN_BYTES])) in self._evicted for n in range(inside + 1, len(key) // TOKEN_BYTES + 1))
 
+    def digests(self, name: str, tokens: Sequence[int]) -> list[int]:
+        """The digests that the nodes of these tokens' whole pages have or would have."""
+        packed, width = pack(tokens), self.page_size * TOKEN_BYTES
+        found = [hash((self.root.digest, name.encode("utf-8", "surrogatepass")))]
+        for start in range(0, len(packed) - width + 1, width):
+            found.append(hash((found[-1], packed[start : start + width])))
+        return found[1:]
+
     def first_needed(self, kind: int, position: int) -> int:
         """Index of the first page that computing `position` and later ones reads."""
         window = self.windows[kind]
@@ -216,7 +239,20 @@ class RadixTree:
     def keep(self, node: Node, until: float) -> None:
         """Has an idle node, of which no ancestor may be kept for less, evicted after others until then."""
         node.keep_until = max(node.keep_until, until)
-        for order in (self.idle, *(self.idle_pages[k] for k in self.sliding if node.pages[k])):
+        self._reorder(node)
+
+    def reorder(self, name: str, tokens: Sequence[int]) -> None:
+        """These tokens' pages have been pinned, or are no longer: puts idle ones where they belong now."""
+        packed, width = pack(tokens), self.page_size * TOKEN_BYTES
+        node, path = self.root.children.get(name.encode("utf-8", "surrogatepass")), []
+        while node is not None and (node := node.children.get(packed[len(path) * width : (len(path) + 1) * width])) is not None:
+            path.append(node)
+        for node in reversed(path):
+            self._reorder(node)
+
+    def _reorder(self, node: Node) -> None:
+        orders = [] if node.users else [self.idle]
+        for order in orders + [self.idle_pages[k] for k in self.sliding if node.pages[k] and not node.refs[k]]:
             order.discard(node)
             order.add(node)
 
@@ -258,8 +294,9 @@ class RadixTree:
         node.pages[kind] = page
         self.idle_pages[kind].add(node)
 
-    def num_evictable(self, kind: int) -> int:
-        return len(self.idle_pages[kind]) if self.windows[kind] else len(self.idle)
+    def evictable(self, kind: int) -> LRU:
+        """The nodes whose page of a kind may be evicted."""
+        return self.idle_pages[kind] if self.windows[kind] else self.idle
 
     def evict(self, kind: int) -> None:
         """Frees one page of a kind (a full kind's page takes its node, and the node's pages of other kinds, with it)."""

@@ -54,7 +54,14 @@ class EngineCore:
         self.runner, seconds = start(folder, shape, config, ops, device, progress, begin)
         self.model = self.runner.model
         assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
-        self.cache = CacheManager(shape.state_kinds, self.runner.num_pages, config.page_size, config.enable_prefix_caching, config.deterministic)
+        self.cache = CacheManager(
+            shape.state_kinds,
+            self.runner.num_pages,
+            config.page_size,
+            config.enable_prefix_caching,
+            config.deterministic,
+            config.max_pinned_fraction,
+        )
         self.scheduler = Scheduler(
             self.cache,
             max_num_seqs=config.max_num_seqs,
@@ -185,3 +192,5 @@ def _tokenizer_folder(config: EngineConfig) -> Path:
 def _cores() -> int:
     """Cores that this process may use, which a container or taskset makes fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if command == "pins":
+            return self.cache.describe_pins()

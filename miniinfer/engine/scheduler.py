@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,8 @@ class Scheduler:
 
         With a `constraint` it enters the queue when that is ready, its place being that of its arrival."""
         error = self._refusal(message)
+        if not error and message.pin:
+            error = self.cache.pin(message.id, message.cache_salt, message.prompt)
         if error:
             return SequenceUpdate(message.id, [], "error", error=error)
         params, size = message.params, len(message.prompt)
@@ -119,12 +121,13 @@ class Scheduler:
             self._preparing.append(request)
         return None
 
-    def abort(self, ids: Iterable[str]) -> list[SequenceUpdate]:
-        """Ends sequences at once, whatever their state; rows and pages are free on return. Unknown ids are ignored."""
+    def abort(self, ids: Sequence[str]) -> list[SequenceUpdate]:
+        """Ends sequences at once, whatever their state, and what they have pinned; rows and pages are free on return. Unknown ids are ignored."""
         ended = [self._requests[i] for i in ids if i in self._requests]
         for request in ended:
             self._finish(request, aborted=True)
         self._drop_finished()
+        self.cache.unpin(ids)
         return [SequenceUpdate(request.id, [], "abort", cached_tokens=request.cached_tokens) for request in ended]
 
     def _refusal(self, message: Add) -> str | None:
@@ -165,8 +168,7 @@ class Scheduler:
         """Frees everything a request has. A step in flight may still compute for it: its result is dropped, and its writes are done
         before any later plan's (see cache/manager.py). The caller drops finished requests from the running list."""
         if request.status is Status.RUNNING:
-            seconds = 0.0 if aborted else request.params.keep_cache_seconds
-            self._give_back(request, self._now + seconds if seconds else 0.0, trusted)
+            self._give_back(request, [] if aborted else self._kept(request), trusted)
         elif request in self._preparing:
             self._preparing.remove(request)
         else:
@@ -178,9 +180,15 @@ class Scheduler:
         self._leave_group(request, aborted)
         self._counts["finished"] += 1
 
-    def _give_back(self, request: Request, keep_until: float = 0.0, trusted: bool = True) -> None:
+    def _kept(self, request: Request) -> list[tuple[int, float]]:
+        """What its parameters want kept for the next turn: how many of its first tokens, until when."""
+        params = request.params
+        whole = [(len(request.tokens), params.keep_cache_seconds)] if params.keep_cache_seconds else []
+        return [(tokens, self._now + seconds) for tokens, seconds in (*whole, *(params.keep_cache_prefixes or ()))]
+
+    def _give_back(self, request: Request, keep: Sequence[tuple[int, float]] = (), trusted: bool = True) -> None:
         if trusted:
-            self.cache.release(request, keep_until)
+            self.cache.release(request, keep)
         else:
             self.cache.discard(request)
         heapq.heappush(self._rows, request.row)
@@ -278,7 +286,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, count: int, entries: list[PageEntry]) -> bool:
         """Pages for `count` more tokens, if need be at the cost of the highest keys; False if that was the request itself."""
-        while not self.cache.extend(request, request.computed + count, entries):
+        while not self._extend(request, request.computed + count, entries):
             victim = self._running.pop()
             self._give_back(victim)
             victim.status, victim.computed = Status.WAITING, 0
@@ -288,6 +296,10 @@ class Scheduler:
             if victim is request:
                 return False
         return True
+
+    def _extend(self, request: Request, upto: int, entries: list[PageEntry]) -> bool:
+        """Pinned pages are for a request that runs alone and could not go on otherwise."""
+        return self.cache.extend(request, upto, entries, pins=len(self._running) == 1)
 
     def _plan_waiting(self, work: list[tuple[Request, int]], plan: StepPlan, now: float | None) -> None:
         """Admits from the queue while rows, budget and pages last. A request that does not fit holds up those behind it; one that
@@ -309,7 +321,7 @@ class Scheduler:
                 request.admission = Admission(0.0 if now is None else max(0.0, now - request.arrived), miss)
             count = self._chunk(request, min(len(request.tokens) - request.computed, budget, self._max_chunk))
             budget -= count
-            if request.computed + count > request.pages.capacity and not self.cache.extend(request, request.computed + count, plan.page_entries):
+            if request.computed + count > request.pages.capacity and not self._extend(request, request.computed + count, plan.page_entries):
                 raise RuntimeError("an admitted request has no pages for its first chunk")
             work.append((request, count))
         for entry in held:
@@ -324,7 +336,7 @@ class Scheduler:
                 return False  # spares matching a long prompt again in every step
         request.row = self._rows[0]
         headroom = -(-len(self._running) // RUNNING_PER_HEADROOM_PAGE)
-        if not self.cache.admit(request, self._max_chunk, headroom, plan.page_entries, plan.copies):
+        if not self.cache.admit(request, self._max_chunk, headroom, plan.page_entries, plan.copies, pins=not self._running):
             request.row = -1
             self._blocked = (request, self._steps, available)
             return False
@@ -477,6 +489,7 @@ class Scheduler:
             "prefix_queries": cache.query_tokens,
             "prefix_hits": cache.hit_tokens,
             "evicted_pages": cache.tree.evictions,
+            "pinned_pages": cache.pins.num_pages,
             "steps": self._steps,
             **self._counts,
         }

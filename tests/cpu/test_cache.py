@@ -406,7 +406,7 @@ def test_an_evicted_end_is_told_from_an_end_never_seen() -> None:
 def test_a_lost_window_is_an_eviction() -> None:
     b, prompt = Bench(kinds=(0, 6), pages=17), seq(0, 16)
     b.run(prompt)
-    while b.cache.tree.num_evictable(1):
+    while len(b.cache.tree.evictable(1)):
         b.cache.tree.evict(1)
     assert why(b, prompt) == (0, "evicted")
 
@@ -464,7 +464,7 @@ def test_kept_prefixes_go_last_until_their_time() -> None:
         found = r.computed
         r.computed = len(tokens)
         cache.end_plan()
-        cache.release(r, now + keep if keep else 0.0)
+        cache.release(r, [(len(tokens), now + keep)] if keep else [])
         cache.check([])
         return found
 
@@ -481,3 +481,117 @@ def test_kept_prefixes_go_last_until_their_time() -> None:
     for base in (700, 800, 900):
         play(list(range(base, base + 12)))
     assert play([*kept, 1]) == 0
+
+
+def test_a_kept_prefix_does_not_keep_what_follows_it() -> None:
+    """`keep` names how many tokens, to the page: the rest of the request is like everybody's."""
+    b = Bench(pages=1 + 8)
+    asked = b.admit(seq(100, 20))
+    assert asked is not None and b.compute(asked, 20)
+    b.running.remove(asked)
+    b.cache.release(asked, [(8, 10.0), (5, 20.0)])
+    b.cache.check([])
+    b.run(seq(300, 24))  # needs six of eight pages
+    assert b.cached(seq(100, 20)) == 8
+    b.cache.tick(11.0)
+    b.run(seq(400, 32))
+    assert b.cached(seq(100, 20)) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- pins
+
+
+def play(b: Bench, tokens: list[int]) -> int:
+    """A whole request; how many of its tokens were cached."""
+    found = b.cached(tokens)
+    b.run(tokens)
+    return found
+
+
+def test_pinned_pages_stay_whatever_comes() -> None:
+    b = Bench(pages=1 + 8)
+    assert b.cache.pin("p", "", seq(100, 11)) is None  # two whole pages, and three tokens that are not pinned
+    b.run(seq(100, 11))
+    for base in (200, 300, 400, 500):
+        b.run(seq(base, 24))
+        b.cache.check([])
+    assert b.cached(seq(100, 20)) == 8
+    assert b.cache.describe_pins() == {"p": {"pages": 2, "resident": 2, "hits": 1}}
+    b.cache.unpin(["p", "nobody"])
+    assert b.cache.describe_pins() == {} and b.cache.pins.num_pages == 0
+    b.run(seq(600, 24))
+    b.run(seq(700, 28))
+    assert b.cached(seq(100, 20)) == 0
+
+
+def test_pins_count_as_taken_but_for_a_request_that_runs_alone() -> None:
+    b = Bench(pages=1 + 8)
+    assert b.cache.pin("p", "", seq(100, 8)) is None
+    b.run(seq(100, 8))
+    assert (b.cache.num_available(0), b.cache.num_available(0, pins=True)) == (6, 8)
+    assert b.admit(seq(200, 28)) is None, "seven pages, of which one is pinned"
+    long = b.request(seq(200, 28))
+    assert b.cache.admit(long, 100, 0, [], [], pins=True)
+    b.running.append(long)
+    b.cache.end_plan()
+    b.compute(long, 28)
+    assert not b.cache.extend(long, 32, []) and b.cache.extend(long, 32, [], pins=True)
+    b.end(long)
+    assert b.cached(seq(100, 9)) == 0
+    b.run(seq(100, 8))
+    b.run(seq(300, 24))
+    assert b.cached(seq(100, 9)) == 8, "computed again, it is pinned again"
+
+
+def test_a_page_in_two_pins_stays_until_both_are_gone() -> None:
+    b = Bench(pages=1 + 16)
+    assert b.cache.pin("a", "", seq(100, 8)) is None and b.cache.pin("b", "", [*seq(100, 4), *seq(200, 4)]) is None
+    assert b.cache.pins.num_pages == 3
+    b.run(seq(100, 8))
+    b.cache.unpin(["a"])
+    assert b.cache.pins.num_pages == 2 and b.cache.tree.idle.num_pinned == 1
+    b.cache.check([])
+
+
+@pytest.mark.parametrize(
+    "tokens, enabled, said",
+    [
+        (seq(0, 3), True, "shorter than a KV page"),
+        (seq(0, 40), True, "needs 10 more pinned KV pages; 0 are pinned, and 8 of 32 may be"),
+        (seq(0, 8), False, "prefix caching is off"),
+    ],
+)
+def test_what_cannot_be_pinned_is_said(tokens: list[int], enabled: bool, said: str) -> None:
+    b = Bench(enabled=enabled)
+    assert said in (b.cache.pin("p", "", tokens) or "")
+    assert not b.cache.pins.by_id and not b.cache.pins.num_pages
+
+
+def test_of_a_sliding_kind_only_the_window_before_the_end_is_pinned() -> None:
+    b = Bench(kinds=(0, 6), pages=1 + 40)
+    assert b.cache.pin("p", "", seq(100, 40)) is None
+    assert [len(pinned) for pinned in b.cache.pins.pinned] == [10, 2]
+    b.run(seq(100, 40))
+    for base in (300, 400, 500):
+        b.run(seq(base, 80))
+    assert b.cached(seq(100, 45)) == 40
+
+
+def test_pins_know_salts() -> None:
+    b = Bench(pages=1 + 8)
+    assert b.cache.pin("p", "mine", seq(100, 8)) is None
+    b.run(seq(100, 8), namespace="mine")
+    b.run(seq(100, 8))
+    b.run(seq(200, 24))
+    assert b.cached(seq(100, 9), namespace="mine") == 8 and b.cached(seq(100, 9)) == 0
+
+
+def test_a_pin_whose_values_are_not_trusted_is_dropped() -> None:
+    b = Bench()
+    assert b.cache.pin("p", "", seq(100, 8)) is None
+    bad = b.admit(seq(100, 8))
+    assert bad is not None and b.compute(bad, 8)
+    b.running.remove(bad)
+    b.cache.discard(bad)
+    b.cache.check([])
+    assert b.cached(seq(100, 9)) == 0 and b.cache.describe_pins()["p"]["resident"] == 0

@@ -174,7 +174,7 @@ class Run:
                     else rng.choice([least // 2 if not deterministic else least, least, least + 1, 2 * least, pages + deterministic * least]),
                 )
             )
-        self.cache = CacheManager(kinds, num_pages, size, enabled, deterministic)
+        self.cache = CacheManager(kinds, num_pages, size, enabled, deterministic, rng.choice([0.25, 0.6, 1.0]))
         self.scheduler = Scheduler(
             self.cache,
             max_num_seqs=self.rows,
@@ -188,7 +188,17 @@ class Run:
         self.prefixes = [[rng.randrange(2, max(3, self.vocab)) for _ in range(rng.randrange(1, self.model_len))] for _ in range(4)]
         self.seen: dict[str, Seen] = {}
         self.pending: deque[tuple[StepPlan, StepResult]] = deque()
-        self.steps = self.now = self.names = 0
+        self.steps = self.now = self.names = self.spent = 0
+        self.pins: list[str] = []
+        self.evict, self.cache.tree.evict = self.cache.tree.evict, self.watch_eviction
+
+    def watch_eviction(self, kind: int) -> None:
+        """Pinned pages go only when nothing else is left, and only for a request that runs alone."""
+        order = self.cache.tree.evictable(kind)
+        if order.num_pinned == len(order):
+            assert len(self.scheduler._running) <= 1
+            self.spent += 1
+        self.evict(kind)
 
     def params(self) -> SamplingParams:
         rng = self.rng
@@ -218,7 +228,13 @@ class Run:
         for sibling in range(count):
             message = Add(f"{self.names}.{sibling}", list(prompt), params, priority=priority, group=str(self.names) if count > 1 else None)
             message.cache_salt = rng.choice(["", "", "other"])
+            message.pin = count == 1 and rng.random() < 0.3
             refused = self.scheduler.add(message, self.now)
+            if message.pin and refused is None:
+                self.pins.append(message.id)
+            if refused is not None and message.pin and ("pin" in (refused.error or "")):
+                assert message.id not in self.cache.pins.by_id
+                continue
             if refused is not None:
                 limit = min(self.model_len, self.cache.max_tokens)
                 assert refused.finish_reason == "error" and refused.error and (not prompt or len(prompt) > limit - 1)
@@ -231,6 +247,11 @@ class Run:
         alive = [name for name, seen in self.seen.items() if seen.last is None]
         chosen = self.rng.sample(alive, min(len(alive), self.rng.choice([1, 1, 3])))
         self.take(self.scheduler.abort([*chosen, "nobody"]))
+        assert not self.cache.pins.by_id.keys() & set(chosen)
+
+    def unpin(self) -> None:
+        if self.pins and self.seen[self.pins[0]].last is not None:
+            assert not self.scheduler.abort([self.pins.pop(0)])
 
     def step(self) -> None:
         """One turn of the loop in engine/core.py: at depth 1 the next plan is made and executed before a result is applied."""
@@ -278,6 +299,8 @@ class Run:
                 self.add()
             if rng.random() < 0.03:
                 self.abort()
+            if rng.random() < 0.03:
+                self.unpin()
             if rng.random() < 0.01:
                 self.cache.reset()
                 self.scheduler.check()
@@ -308,6 +331,8 @@ class Run:
                 assert last.cached_tokens == 0
                 assert seen.prompt_logprobs is not None
                 assert [p.token_ids for p in seen.prompt_logprobs] == [[t] for t in message.prompt[1:]]
+        assert not self.scheduler.abort(list(self.seen))
+        assert not self.cache.pins.num_pages and not any(self.cache.tree.evictable(k).num_pinned for k in range(len(self.cache.kinds)))
         self.cache.reset()
         self.scheduler.check()
         assert [pool.num_free for pool in self.cache.pools] == [pool.size for pool in self.cache.pools], "pages are lost"
@@ -326,7 +351,7 @@ def test_random_requests(kinds: tuple[int, ...], enabled: bool, depth: int) -> N
         run = Run(seed * 1000 + KINDS.index(kinds) * 10 + enabled * 2 + depth, kinds, enabled, depth)
         run.play(busy=60)
         run.verify()
-        totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied)
+        totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied, spent=run.spent)
     _check_trouble(totals, kinds)
 
 
@@ -337,7 +362,7 @@ def test_random_requests_deterministic(kinds: tuple[int, ...]) -> None:
         run = Run(seed * 1000 + KINDS.index(kinds) * 10 + 7, kinds, True, 1, deterministic=True)
         run.play(busy=60)
         run.verify()
-        totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied)
+        totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied, spent=run.spent)
     _check_trouble(totals, kinds)
 
 
