@@ -29,6 +29,8 @@ LONGEST_RETRY = 600  # seconds, of Retry-After
 LONGEST_DEADLINE = 7 * 86400.0
 MEASURED = 512  # requests ended of late, from which the rate is known
 DEADLINE_HEADER = b"x-request-timeout"
+INSIDE = "miniinfer.caller"  # in an ASGI scope: the Caller of a request that this process sends itself; nothing from outside can put it there
+BACKGROUND_PRIORITY = 120  # an hour behind whoever waits for an answer
 DRAINING = "the server is shutting down"
 
 
@@ -38,6 +40,7 @@ class Caller:
 
     client: Client | None = None  # None: the server is open
     deadline: float | None = None  # on the event loop's clock
+    background: bool = False  # nobody waits for the answer: everybody else goes first
 
 
 caller: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039  never changed: `Guard` sets another
@@ -54,9 +57,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            headers = dict(reversed(scope["headers"]))  # of several the first counts
-            keys = None if is_open(scope["path"]) else self._keys
-            token = caller.set(identify(keys, headers, counted=scope["method"] == "POST"))
+            token = caller.set(self._identify(scope))
         except ApiError as e:
             response = await self._refuse(Request(scope), e)
             await response(scope, receive, send)
@@ -65,6 +66,15 @@ class Guard:
             await self._app(scope, receive, send)
         finally:
             caller.reset(token)
+
+    def _identify(self, scope: Scope) -> Caller:
+        own: Caller | None = scope.get(INSIDE)
+        if own is not None:
+            _count(own.client)
+            return own
+        headers = dict(reversed(scope["headers"]))  # of several the first counts
+        keys = None if is_open(scope["path"]) else self._keys
+        return identify(keys, headers, counted=scope["method"] == "POST")
 
 
 def identify(keys: Keys | None, headers: Mapping[bytes, bytes], counted: bool = True) -> Caller:
@@ -79,13 +89,19 @@ def identify(keys: Keys | None, headers: Mapping[bytes, bytes], counted: bool = 
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        if client.requests is not None and counted:
-            wait = client.requests.wait(1)
-            if wait:
-                raise _too_many(f"the key's {client.requests.per_minute} requests a minute are used up", wait)
-            client.requests.take(1)
+        if counted:
+            _count(client)
     seconds = deadline_seconds(headers.get(DEADLINE_HEADER))
     return Caller(client, None if seconds is None else asyncio.get_running_loop().time() + seconds)
+
+
+def _count(client: Client | None) -> None:
+    """One request more of a client's. ApiError 429 if there are none left."""
+    if client is not None and client.requests is not None:
+        wait = client.requests.wait(1)
+        if wait:
+            raise _too_many(f"the key's {client.requests.per_minute} requests a minute are used up", wait)
+        client.requests.take(1)
 
 
 def is_open(path: str) -> bool:
@@ -119,15 +135,15 @@ def _too_many(why: str, seconds: float) -> ApiError:
 class Ticket:
     """A request's place. `leave` gives it back, once."""
 
-    def __init__(self, admission: Admission, prompts: int, tokens: int, client: Client | None) -> None:
-        self._admission, self._prompts, self._tokens, self._client = admission, prompts, tokens, client
+    def __init__(self, admission: Admission, prompts: int, tokens: int, client: Client | None, background: bool) -> None:
+        self._admission, self._prompts, self._tokens, self._client, self._background = admission, prompts, tokens, client, background
 
     def leave(self, output: int) -> None:
         """The request has ended, with so many tokens of output."""
         if self._prompts:
             if self._client is not None and self._client.tokens is not None:
                 self._client.tokens.take(output)
-            self._admission._leave(self._prompts, self._tokens)
+            self._admission._leave(self._prompts, self._tokens, self._background)
             self._prompts = 0
 
 
@@ -137,6 +153,7 @@ class Admission:
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_requests, self._max_tokens, self._clock = config.max_waiting, config.max_waiting_tokens, clock
         self.requests = self.tokens = 0
+        self.background = self._background_tokens = 0  # those of them that nobody waits for
         self._ended: deque[tuple[float, int, int]] = deque(maxlen=MEASURED)  # when, requests, tokens
 
     def check(self, prompts: int, tokens: int = 0) -> None:
@@ -150,24 +167,32 @@ class Admission:
             excess = self.tokens + tokens - self._max_tokens
             raise _too_many(f"{self.tokens} tokens of unfinished requests leave no room for {tokens} more", self._seconds_until(excess, 2))
 
-    def enter(self, prompts: list[int], output: int | None, client: Client | None) -> Ticket:
+    def enter(self, prompts: list[int], output: int | None, client: Client | None, background: bool = False) -> Ticket:
         """Takes in a request with prompts of these lengths and for each up to so many tokens of output. ApiError as `check`, and 429 if its key's
-        tokens are used up. A key is charged for prompts now and for output when it is known."""
+        tokens are used up. A key is charged for prompts now and for output when it is known. Requests in the background have half of the room."""
         length = sum(prompts)
         tokens = length + len(prompts) * (UNSTATED_OUTPUT if output is None else output)
         self.check(len(prompts), tokens)
+        half_taken = 2 * (self.background + len(prompts)) > self._max_requests or 2 * (self._background_tokens + tokens) > self._max_tokens
+        if background and self.background and half_taken:  # one alone may be larger than that
+            raise _too_many(f"{self.background} requests in the background are unfinished", 1)
         if client is not None and client.tokens is not None:
             wait = client.tokens.wait(length)
             if wait:
                 raise _too_many(f"the key's {client.tokens.per_minute} tokens a minute are used up", wait)
             client.tokens.take(length)
-        self.requests += len(prompts)
-        self.tokens += tokens
-        return Ticket(self, len(prompts), tokens, client)
+        self._change(len(prompts), tokens, background)
+        return Ticket(self, len(prompts), tokens, client, background)
 
-    def _leave(self, prompts: int, tokens: int) -> None:
-        self.requests -= prompts
-        self.tokens -= tokens
+    def _change(self, prompts: int, tokens: int, background: bool) -> None:
+        self.requests += prompts
+        self.tokens += tokens
+        if background:
+            self.background += prompts
+            self._background_tokens += tokens
+
+    def _leave(self, prompts: int, tokens: int, background: bool) -> None:
+        self._change(-prompts, -tokens, background)
         self._ended.append((self._clock(), prompts, tokens))
 
     def _seconds_until(self, amount: int, what: int) -> float:

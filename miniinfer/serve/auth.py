@@ -20,6 +20,7 @@ import msgspec
 from miniinfer.config import ConfigError, ServerConfig
 
 SHORTEST_FILED = 8  # characters of a key in a file
+OPTION = "--api-key "  # begins the names of keys from the command line
 
 
 class KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -73,6 +74,8 @@ class Client:
 
     def __init__(self, entry: KeyEntry, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self.priority = entry.name, entry.priority
+        # Whose files are whose, on disk too. A name outlives a change of its key; keys of the command line are numbered anew at every start.
+        self.owner = f"key {_digest(b'owner ' + entry.key.encode()).hex()[:32]}" if entry.name.startswith(OPTION) else f"name {entry.name}"
         self.requests = Allowance(entry.requests_per_minute, clock) if entry.requests_per_minute else None
         self.tokens = Allowance(entry.tokens_per_minute, clock) if entry.tokens_per_minute else None
 
@@ -90,6 +93,10 @@ class Keys:
             if hmac.compare_digest(digest, known):
                 found = client
         return found
+
+    def of(self, owner: str) -> Client | None:
+        """The client who is this owner of files."""
+        return next((client for _, client in self._clients if client.owner == owner), None)
 
 
 def _digest(key: bytes) -> bytes:
@@ -113,7 +120,7 @@ def load_keys(config: ServerConfig) -> Keys | None:
 
 def _option(key: str, number: int) -> KeyEntry:
     """A key from the command line, without limits."""
-    entry = KeyEntry("x" * SHORTEST_FILED, f"--api-key {number}")
+    entry = KeyEntry("x" * SHORTEST_FILED, f"{OPTION}{number}")
     entry.key = key
     return entry
 

@@ -20,11 +20,11 @@ from starlette.types import Receive, Scope, Send
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
-from miniinfer.serve.admission import DRAINING, Gate, caller, deadline_seconds
+from miniinfer.serve.admission import BACKGROUND_PRIORITY, DRAINING, Gate, caller, deadline_seconds
 from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.parsers import Formats, choose
-from miniinfer.serve.protocol import ApiError
+from miniinfer.serve.protocol import ApiError, Sampling
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
@@ -91,6 +91,7 @@ class Service:
         tools: list[dict[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         add_special_tokens: bool = False,
         template_kwargs: dict[str, Any] | None = None,
     ) -> Prompt:
@@ -99,10 +100,14 @@ class Service:
         if tokenizer is None:
             raise ApiError(400, "messages: the server runs without a tokenizer; send token ids to /v1/completions", param="messages")
         try:
-            text = tokenizer.render_chat(messages, tools, add_generation_prompt, **(template_kwargs or {}))
+            text = tokenizer.render_chat(messages, tools, add_generation_prompt, continue_final_message, **(template_kwargs or {}))
         except ValueError as e:
             raise ApiError.from_value_error(e, "messages") from None
         return Prompt(await self.encode(text, add_special_tokens, "messages"), text, formats=self.formats)
+
+    def truncated(self, ids: list[int], request: Sampling, params: SamplingParams) -> list[int]:
+        """What of a prompt's tokens its request lets stand."""
+        return request.truncated(ids, max(1, self.engine.info["max_model_len"] - (params.max_tokens or 1)))
 
     def check_length(self, prompt: Prompt, max_tokens: int | None) -> None:
         limit, length = self.engine.info["max_model_len"], len(prompt.token_ids)
@@ -155,10 +160,12 @@ class Service:
         self.check_alive()
         request, count = answer.request, len(answer.prompts)
         output = None if params.max_tokens is None else params.n * params.max_tokens
-        client, priority = caller.get().client, request.priority
+        client, priority, background = caller.get().client, request.priority, caller.get().background
         if client is not None:  # a key's priority is not for its holder to better
             priority = client.priority + max(0, priority)
-        ticket = self.gate.admission.enter([len(p.token_ids) for p in answer.prompts], output, client)
+        if background:
+            priority = min(2**31 - 1, priority + BACKGROUND_PRIORITY)
+        ticket = self.gate.admission.enter([len(p.token_ids) for p in answer.prompts], output, client, background)
         timer, end = Timer(self.metrics, answer.id, [len(p.token_ids) for p in answer.prompts], len(answer.choices), params), "error"
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
         numbers = {request_id: i for i, request_id in enumerate(ids)}
