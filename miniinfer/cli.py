@@ -71,6 +71,7 @@ class Option:
     default: Any
     help: str
     choices: tuple[str, ...]
+    flag: str
 
 
 def options_of(cls: type) -> list[Option]:
@@ -78,16 +79,17 @@ def options_of(cls: type) -> list[Option]:
     hints = typing.get_type_hints(cls, include_extras=True)
     options = []
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else _struct_fields(cls):
-        hint, help, choices = hints[field.name], "", ()
+        hint, help, choices, flag = hints[field.name], "", (), field.name
         if typing.get_origin(hint) is typing.Annotated:
             hint, help = typing.get_args(hint)[:2]
         else:
             help, choices = field.metadata.get("help", ""), field.metadata.get("choices", ())
+            flag = field.metadata.get("flag") or flag
         members = [
             h for h in (typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)) if h is not type(None)
         ]
         lists = [typing.get_args(m)[0] for m in members if typing.get_origin(m) is list]
-        options.append(Option(field.name, (lists or members)[0], bool(lists), field.default, help, choices))
+        options.append(Option(field.name, (lists or members)[0], bool(lists), field.default, help, choices, flag))
     return options
 
 
@@ -122,7 +124,7 @@ def add_options(parser: Parser, cls: type, *, only: Iterable[str] = (), skip: It
             settings.update(type=option.kind, metavar={int: "N", float: "X"}.get(option.kind, "TEXT"))
             if option.many:
                 settings["action"] = "append"
-        group.add_argument("--" + option.name.replace("_", "-"), **settings)
+        group.add_argument("--" + option.flag.replace("_", "-"), **settings)
 
 
 def take(cls: type[T], args: argparse.Namespace) -> T:
@@ -135,12 +137,14 @@ def take(cls: type[T], args: argparse.Namespace) -> T:
 
 def _serve_options(parser: Parser) -> None:
     add_options(parser, ServerConfig)
-    add_options(parser, EngineConfig, positional="model")
+    add_options(parser, EngineConfig, positional="model", model=None)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from miniinfer.serve.launch import serve
 
+    if args.model is None:
+        args.model = "" if args.models or args.models_dir else "bundled"
     return serve(take(EngineConfig, args), take(ServerConfig, args))
 
 

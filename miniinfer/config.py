@@ -19,9 +19,9 @@ class ConfigError(ValueError):
     """The user's input cannot work; the message names the field or file and the mend. The CLI prints it and exits with 2."""
 
 
-def opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the one description that `--help` and the docs derive from."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def opt(default: Any, help: str, choices: tuple[str, ...] = (), flag: str = "") -> Any:
+    """A dataclass field with the one description that `--help` and the docs derive from. `flag`: its option's name, if not the field's."""
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -425,15 +425,26 @@ class ServerConfig:
     api_keys_file: str | None = opt(None, "TOML or JSON file of keys, with a name and perhaps rates and a priority for each")
     cors_origin: list[str] | None = opt(None, "origin whose web pages may call the API ('*': any); may be given again")
     chat_template: str | None = opt(None, "file with a jinja chat template, instead of the checkpoint's")
+    pin_prefix: list[str] | None = opt(
+        None, "file with a prefix to pin: messages (JSON), or text that prompts begin with; see /v1/prefixes; may be given again"
+    )
     tool_call_parser: str = opt(
         "auto", "how the model writes tool calls (hermes, qwen3_coder, llama3_json, mistral ...), or none; auto reads the template"
     )
     reasoning_parser: str = opt("auto", "how the model marks its reasoning (think, mistral, harmony), or none; auto reads the template")
+    models: list[str] | None = opt(
+        None, "one more model, NAME[:VERSION]=MODEL[,option=value ...], loaded when asked for; may be given again", flag="model"
+    )
+    models_dir: str | None = opt(None, "folder of checkpoint folders, each a model (or NAME/VERSION), which clients may add to by /models/register")
+    model_alias: list[str] | None = opt(None, "another name of a model, ALIAS=NAME; may be given again")
     max_loaded_models: int = opt(0, "models in memory at once (0: as many as there is room for)")
     model_idle_seconds: float = opt(0.0, "put a model away that nobody has asked for in so long; the next request brings it back (0: never)")
     max_waiting: int = opt(2048, "requests accepted but unfinished; above it a request gets 429")
     max_waiting_tokens: int = opt(8 << 20, "tokens of unfinished requests, prompts and most output together; above it a request gets 429")
     max_connections: int = opt(4096, "open connections; above it the one that has been idle longest is closed")
+    files_dir: str | None = opt(None, "folder for uploaded files and batches, which go on after a restart (a temporary one if not given)")
+    max_file_mib: int = opt(200, "largest uploaded file, MiB; above it an upload gets 413")
+    max_files_gib: int = opt(10, "most disk space for one client's files, GiB; above it an upload gets 413")
     max_body_mib: int = opt(16, "largest request body, MiB; above it a request gets 413")
     log_level: str = opt("info", "how much is logged", ("debug", "info", "warning", "error"))
     log_format: str = opt("text", "lines for people, or JSON objects for programs", ("text", "json"))
@@ -447,7 +458,7 @@ class ServerConfig:
         object.__setattr__(self, "api_key", list(dict.fromkeys(keys)) or None)
         if self.max_loaded_models < 0 or self.model_idle_seconds < 0:
             raise ConfigError("max_loaded_models and model_idle_seconds: must not be negative")
-        for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_body_mib"):
+        for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_file_mib", "max_files_gib", "max_body_mib"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
 

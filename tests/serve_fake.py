@@ -98,12 +98,12 @@ class FakeEngine:
 
 
 class Server:
-    """The real server over an engine, in a thread of this process."""
+    """The real server over an engine, or over the fleet that it is the first of, in a thread of this process."""
 
-    def __init__(self, engine: Any, model: str = "tiny", defaults: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(self, engine: Any, model: str = "tiny", defaults: dict[str, Any] | None = None, fleet: Fleet | None = None, **options: Any) -> None:
         self.engine = engine
-        self.api = Service(engine, ServerConfig(**options), model, defaults or {})
-        self.fleet = Fleet.of(self.api)
+        self.fleet = fleet or Fleet.of(Service(engine, ServerConfig(**options), model, defaults or {}))
+        self.api = self.fleet.default
         self.uvicorn = uvicorn.Server(uvicorn_config(self.fleet))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 

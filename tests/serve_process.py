@@ -49,10 +49,12 @@ class ServerProcess:
         response = connection.getresponse()
         return response.status, response.read().decode()
 
+    def engine_pids(self) -> list[int]:
+        """The engine processes', of this moment."""
+        return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()]
+
     def engine_pid(self) -> int:
-        """The engine process's, of this moment."""
-        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()
-        return int(children[0])
+        return self.engine_pids()[0]
 
     def metric(self, name: str) -> float:
         """The value of a metric, with whatever labels."""

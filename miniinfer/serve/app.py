@@ -18,6 +18,7 @@ from miniinfer.serve import (
     anthropic,
     embeddings,
     loads,
+    models,
     ollama,
     openai,
     responses,
@@ -77,6 +78,7 @@ def build_app(fleet: Fleet) -> FastAPI:
         ollama.router(fleet),
         sglang.router(fleet),
         loads.router(fleet),
+        models.router(fleet),
         control,
     )
     for routes in closed:
@@ -132,6 +134,6 @@ def _state(fleet: Fleet) -> APIRouter:
     @routes.get("/metrics", **described(answer=str, media="text/plain"))
     async def prometheus(names: Literal["vllm", "plain"] = "vllm") -> Response:
         """Names are vLLM's (vllm:...) where it has the metric or, if plain, all miniinfer_..., as Prometheus's own lint wants them."""
-        return Response(render([service.metrics for service in fleet.services], names == "plain"), media_type=CONTENT_TYPE)
+        return Response(render(fleet.metrics(), names == "plain"), media_type=CONTENT_TYPE)
 
     return routes

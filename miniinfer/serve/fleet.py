@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -24,9 +25,11 @@ from miniinfer.models.hub import BUNDLED
 from miniinfer.serve.admission import Gate
 from miniinfer.serve.auth import Keys
 from miniinfer.serve.logs import log_request
+from miniinfer.serve.metrics import Metrics
 from miniinfer.serve.protocol import ApiError, parse
 from miniinfer.serve.record import Sink
 from miniinfer.serve.service import Service, read_body
+from miniinfer.serve.specs import NAME
 from miniinfer.serve.tracing import Tracer
 from miniinfer.utils import get_logger
 
@@ -86,15 +89,20 @@ class Fleet:
         self.config, self._make_engine = config, make_engine
         self.gate = Gate(config)
         self.members = {member.name: member for member in members}
-        self.aliases: dict[str, str] = {}  # other names; what they stand for may be an alias or a model with versions
+        self.aliases: dict[str, str] = {}  # other names of models, and of bare names
         self.active: dict[str, str] = {}  # of a model with versions, the one that its bare name means
         for member in members:
             self.active.setdefault(_bare(member.name), member.name)
+        self._first = _bare(members[0].name)
+        self.pins: dict[Any, Any] = {}  # what is pinned, by owner and name: prefixes.py's
+        for text in config.model_alias or []:
+            self.alias(*text.partition("=")[::2])
         self.sinks: list[Sink] = [log_request]  # told of every HTTP request when it has ended
         if config.otlp_endpoint is not None:
             self.sinks.append(Tracer(config.otlp_endpoint))
         self._turn = asyncio.Lock()  # to change what is in memory
         self._sweeper: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()  # keeps tasks alive that nobody awaits
 
     @classmethod
     def of(cls, service: Service) -> Fleet:
@@ -110,17 +118,48 @@ class Fleet:
     def find(self, name: str | None) -> Member:
         """The model of a name, or the first. ApiError 404 if there is none."""
         if name is None:
-            return next(iter(self.members.values()))
-        seen: set[str] = set()
-        target = name
-        while target in self.aliases and target not in seen:
-            seen.add(target)
-            target = self.aliases[target]
+            name = self._first
+        target = self.aliases.get(name, name)
         member = self.members.get(self.active.get(target, target))
         if member is None:
             names = ", ".join(f"'{name}'" for name in self.names)
             raise ApiError(404, f"the model '{name}' does not exist; this server has {names}", param="model", code="model_not_found")
         return member
+
+    def add(self, member: Member) -> Member:
+        """A new model, not loaded yet. ApiError 409 if its name is taken."""
+        if member.name in self.names:
+            raise ApiError(409, f"model: there is a '{member.name}' already; give a version, as in {_bare(member.name)}:2", param="model")
+        self.members[member.name] = member
+        self.active.setdefault(_bare(member.name), member.name)
+        return member
+
+    def alias(self, name: str, target: str) -> None:
+        """Another name for a model; one that was an alias before is moved. ApiError 404 if there is no such model, 400 for a name that cannot be."""
+        if not re.fullmatch(NAME, name) or name in self.members or name in self.active:
+            raise ApiError(400, f"alias: {name!r} is a model's own name, or none at all", param="alias")
+        self.find(target)
+        self.aliases[name] = self.aliases.get(target, target)
+
+    async def activate(self, member: Member, keep_previous: bool) -> None:
+        """The bare name means this version from when it is in memory. ApiError 503 if it cannot be loaded: then nothing has changed."""
+        bare = _bare(member.name)
+        async with self.hold(member):
+            previous, self.active[bare] = self.members[self.active[bare]], member.name
+        log.info("%s: now %s", bare, member.name)
+        if previous is not member and not keep_previous and previous.state != "unloaded":
+            self._leaving.add(task := asyncio.create_task(self.unload(previous)))
+            task.add_done_callback(self._leaving.discard)
+
+    async def remove(self, name: str) -> None:
+        """Forgets an alias, or a model that its bare name does not mean, once its requests have ended. ApiError 400 if it is in use under a name."""
+        if self.aliases.pop(name, None) is not None:
+            return
+        member = self.find(name)
+        if self.active[_bare(member.name)] == member.name or member.name in self.aliases.values():
+            raise ApiError(400, f"model: '{member.name}' is active; activate another version, and move its aliases, first", param="model")
+        await self.unload(member)
+        self.members.pop(member.name, None)
 
     @property
     def names(self) -> list[str]:
@@ -163,6 +202,9 @@ class Fleet:
         """Of the models that have been loaded at least once."""
         return [member.service for member in self.members.values() if member.service is not None]
 
+    def metrics(self) -> list[Metrics]:
+        return [service.metrics for service in self.services]
+
     @property
     def unfinished(self) -> int:
         return sum(service.unfinished for service in self.services)
@@ -171,13 +213,17 @@ class Fleet:
         for service in self.services:
             service.abort_all()
 
-    async def read(self, http: Request, kind: type[Any], any_type: bool = False) -> tuple[Service, Any]:
-        """The checked request and its model's service, if the server takes it at all; `any_type`: whatever its head says of its content."""
+    async def body(self, http: Request, kind: type[Any], any_type: bool = False) -> Any:
+        """The checked body, if the server takes work at all; `any_type`: whatever its head says of its content."""
         self.gate.admit(0)
         kind_of_body = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind_of_body != "application/json" and not any_type:
             raise ApiError(415, f"the content type must be application/json, got {kind_of_body!r}")
-        request = parse(kind, await read_body(http, self.config.max_body_mib))
+        return parse(kind, await read_body(http, self.config.max_body_mib))
+
+    async def read(self, http: Request, kind: type[Any], any_type: bool = False) -> tuple[Service, Any]:
+        """The checked request and its model's service."""
+        request = await self.body(http, kind, any_type)
         service = await self.service(request.model)
         http.state.metrics = service.metrics
         return service, request
@@ -236,9 +282,16 @@ class Fleet:
             await self._make_room(member)
             start, was = time.monotonic(), member.state
             try:
-                member.state = "loading"
-                self._adopt(member, await self._started(member))
-            except (ConfigError, EngineDeadError, OSError) as e:
+                if was == "sleeping":
+                    assert member.service is not None
+                    await member.service.engine.wake_up()
+                else:
+                    member.state = "loading"
+                    self._adopt(member, await self._started(member))
+            except (ConfigError, EngineDeadError, OSError, RuntimeError) as e:
+                if was == "sleeping":
+                    assert member.service is not None
+                    await member.service.engine.shutdown()
                 member.state = "unloaded"
                 raise ApiError(503, f"the model '{member.name}' could not be loaded: {e}") from None
             member.state, member.used = "loaded", time.monotonic()
@@ -246,6 +299,8 @@ class Fleet:
 
     async def _started(self, member: Member) -> Service:
         engine = self._make_engine(member.config, member.server)
+        if member.service is not None:
+            engine.pins = member.service.engine.pins
         await engine.start()
         defaults = sampling_defaults(engine.info)
         if member.service is None:
@@ -295,8 +350,11 @@ class Fleet:
             await member.quiet.wait()
             engine = member.service.engine if member.service is not None else None
             assert engine is not None
-            await engine.shutdown()
-            member.state = "unloaded"
+            if member.config.enable_sleep_mode and not for_good and await _asleep(engine, member.name):
+                member.state = "sleeping"
+            else:
+                await engine.shutdown()
+                member.state = "unloaded"
         finally:
             member.leaving = False
         log.info("%s: %s", member.name, member.state)
@@ -324,7 +382,7 @@ class Fleet:
         """Ends all engines."""
         if self._sweeper is not None:
             self._sweeper.cancel()
-        tasks = [member.bringing for member in self.members.values() if member.bringing is not None]
+        tasks = [*self._leaving, *(member.bringing for member in self.members.values() if member.bringing is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -334,6 +392,16 @@ class Fleet:
 def _bare(name: str) -> str:
     """A model's name without its version: chat of chat:2."""
     return name.rpartition(":")[0] or name
+
+
+async def _asleep(engine: AsyncEngine, name: str) -> bool:
+    """Puts an engine to sleep; False if it cannot, be it that host memory has no room for its weights."""
+    try:
+        await engine.sleep(1)
+    except (RuntimeError, OSError, ValueError) as e:
+        log.warning("%s: ended, because it could not be put to sleep: %s", name, e)
+        return False
+    return True
 
 
 def _done(member: Member, task: asyncio.Task[None]) -> None:

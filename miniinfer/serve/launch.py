@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ from miniinfer.config import ConfigError, EngineConfig, ServerConfig
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.serve.auth import load_keys
 from miniinfer.serve.parsers import choose
+from miniinfer.serve.specs import Spec, specs
 from miniinfer.utils import setup_logging
 
 
@@ -39,26 +39,27 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     if server.grpc_port is not None:
         from miniinfer.serve import grpc  # noqa: F401  it says what is missing
 
+    models = specs(engine, server)
     with contextlib.closing(_bind(server.host, server.port)) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            return runner.run(_run(engine, server, listener))
+            return runner.run(_run(models, server, listener))
         except EngineDeadError:  # while it was loading; the log has said why
             return 1
         except asyncio.CancelledError:  # a signal while the model was loading
             return 130
 
 
-async def _run(config: EngineConfig, server_config: ServerConfig, listener: socket.socket) -> int:
-    signals = _Signals()
-    engine = AsyncEngine(config, chat_template=server_config.chat_template)
+async def _run(models: list[Spec], server_config: ServerConfig, listener: socket.socket) -> int:
+    signals, (first, *_) = _Signals(), models
+    engine, fleet = AsyncEngine(first.engine, chat_template=first.server.chat_template), None
     try:
         _, parts = await asyncio.gather(engine.start(), asyncio.to_thread(_import_server))
-        fleet = parts.Fleet(server_config, [parts.Member(model_name(config.model, server_config), config, server_config)])
+        fleet = parts.Fleet(server_config, [parts.Member(spec.name, spec.engine, spec.server) for spec in models])
         fleet.adopt(engine)
         server = parts.Server(fleet, listener)
         signals.stop = server.stop
         remote = await _start_grpc(fleet, server_config)
-        throughput = None if config.disable_log_stats else asyncio.create_task(parts.log_throughput(fleet.default.metrics, lambda: engine.stats))
+        throughput = None if first.engine.disable_log_stats else asyncio.create_task(parts.log_throughput(fleet.metrics))
         await server.serve(sockets=[listener])
         if throughput is not None:
             throughput.cancel()
@@ -67,6 +68,8 @@ async def _run(config: EngineConfig, server_config: ServerConfig, listener: sock
         return 0
     finally:
         await engine.shutdown()
+        if fleet is not None:
+            await fleet.shutdown()
 
 
 async def _start_grpc(fleet: Any, config: ServerConfig) -> Any:
@@ -83,11 +86,6 @@ def _import_server() -> ModuleType:
     from miniinfer.serve import server
 
     return server
-
-
-def model_name(model: str, config: ServerConfig) -> str:
-    """What clients call the model: as configured, else a folder's own name, else the hub name as it is."""
-    return config.served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
 
 
 def _bind(host: str, port: int) -> socket.socket:

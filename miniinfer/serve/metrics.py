@@ -36,6 +36,7 @@ GAUGES = {
     VLLM + "num_requests_running": ("running", "Sequences in the running batch."),
     VLLM + "num_requests_waiting": ("waiting", "Sequences waiting for a place in the batch."),
     VLLM + "kv_cache_usage_perc": ("kv_usage", "Share of the KV pages in use, 0 to 1."),
+    OURS + "kv_pages_pinned": ("pinned_pages", "KV pages that pinned prefixes have a right to."),
 }
 COUNTERS = {
     VLLM + "num_preemptions": ("preemptions", "Sequences put back to waiting to free their pages."),
@@ -94,6 +95,10 @@ class Metrics:
         histograms = {key: Histogram(bounds) for key, (_, _, bounds) in HISTOGRAMS.items()}
         self.first_token, self.between_tokens = histograms["first_token"], histograms["between_tokens"]
         self.histograms = histograms
+
+    @property
+    def engine_stats(self) -> Mapping[str, float]:
+        return self._engine().stats
 
     def families(self) -> Iterable[Metric]:
         """Everything, as of now, labelled with the model's name."""
@@ -226,22 +231,26 @@ class Timer:
             record.first_token = min(began) - record.start
 
 
-async def log_throughput(metrics: Metrics, stats: Callable[[], Mapping[str, float]], interval: float = 10.0) -> None:
-    """One line every `interval` seconds in which something was done; runs until cancelled."""
-    prompt, generated = metrics.prompt_tokens, metrics.generation_tokens
+async def log_throughput(models: Callable[[], Sequence[Metrics]], interval: float = 10.0) -> None:
+    """One line for each model, every `interval` seconds in which it did something; runs until cancelled."""
+    before: dict[str, tuple[int, int]] = {}
     while True:
         await asyncio.sleep(interval)
-        new_prompt, new_generated, now = metrics.prompt_tokens - prompt, metrics.generation_tokens - generated, stats()
-        prompt, generated = metrics.prompt_tokens, metrics.generation_tokens
-        if not (new_prompt or new_generated or now.get("running") or now.get("waiting")):
-            continue
-        hits, queries = now.get("prefix_hits", 0.0), now.get("prefix_queries", 0.0)
-        log.info(
-            "%d running, %d waiting; prompts %.0f tok/s, generation %.0f tok/s; KV pages %.0f %% in use, %.0f %% of prompt tokens from the cache",
-            now.get("running", 0),
-            now.get("waiting", 0),
-            new_prompt / interval,
-            new_generated / interval,
-            100 * now.get("kv_usage", 0.0),
-            100 * hits / queries if queries else 0.0,
-        )
+        all_models = models()
+        for metrics in all_models:
+            prompt, generated = before.get(metrics.model, (0, 0))
+            before[metrics.model] = metrics.prompt_tokens, metrics.generation_tokens
+            new_prompt, new_generated, now = metrics.prompt_tokens - prompt, metrics.generation_tokens - generated, metrics.engine_stats
+            if not (new_prompt or new_generated or now.get("running") or now.get("waiting")):
+                continue
+            hits, queries = now.get("prefix_hits", 0.0), now.get("prefix_queries", 0.0)
+            log.info(
+                "%s%d running, %d waiting; prompts %.0f tok/s, generation %.0f tok/s; %.0f %% of KV pages in use, %.0f %% of prompts from the cache",
+                f"{metrics.model}: " if len(all_models) > 1 else "",
+                now.get("running", 0),
+                now.get("waiting", 0),
+                new_prompt / interval,
+                new_generated / interval,
+                100 * now.get("kv_usage", 0.0),
+                100 * hits / queries if queries else 0.0,
+            )

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, completions, models. Owns the routes; the life of a request is service.py's, bodies are protocol.py's."""
+"""OpenAI's API: chat completions and completions. Owns the routes; the life of a request is service.py's, bodies are protocol.py's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from miniinfer.data import SamplingParams
 from miniinfer.serve.answers import ChatAnswer, CompletionAnswer, Prompt
@@ -17,7 +17,7 @@ from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.infill import infill_ids
 from miniinfer.serve.parsers import Formats
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
-from miniinfer.serve.schemas import ChatCompletion, Completion, Model, ModelList, described
+from miniinfer.serve.schemas import ChatCompletion, Completion, described
 from miniinfer.serve.service import Service
 from miniinfer.serve.tools_grammar import constraint
 
@@ -86,13 +86,5 @@ def router(fleet: Fleet) -> APIRouter:
         if request.use_beam_search:
             return await service.reply(http, beam_answer(service, answer, params), answer.id)
         return await service.respond(http, answer, params)
-
-    @routes.get("/models", **described(answer=ModelList))
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": fleet.cards()})
-
-    @routes.get("/models/{model:path}", **described(answer=Model))
-    async def one_model(model: str) -> Response:
-        return JSONResponse(fleet.find(model).card(model))
 
     return routes
