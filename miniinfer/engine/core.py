@@ -174,6 +174,8 @@ class EngineCore:
             return self.profiler.start()
         if command == "stop_profile":
             return self.profiler.stop()
+        if command == "pins":
+            return self.cache.describe_pins()
         raise ValueError(f"unknown command {command!r}; known: stats, check, reset_prefix_cache, start_profile, stop_profile")
 
     def shutdown(self) -> None:
@@ -192,5 +194,3 @@ def _tokenizer_folder(config: EngineConfig) -> Path:
 def _cores() -> int:
     """Cores that this process may use, which a container or taskset makes fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if command == "pins":
-            return self.cache.describe_pins()
