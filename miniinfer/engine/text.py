@@ -24,6 +24,7 @@ from miniinfer.config import ConfigError, read_json
 
 __all__ = ["ChatTemplate", "Detokenizer", "Tokenizer"]
 
+_CUT = "\ue000cut\ue001"  # marks where a message that is to be continued ends; of characters that no text has
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -124,9 +125,15 @@ class Tokenizer:
         return self.token_id(self.special_tokens[role]) if role in self.special_tokens else None
 
     def render_chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
         """The prompt text of a conversation, to be encoded with add_special_tokens=False. `variables` go to the template (`enable_thinking`).
+        With `continue_final_message` it ends where the last message's content does, and the model writes the rest of that message.
 
         Content given as OpenAI's list of text parts is joined and a tool call's JSON arguments are parsed, as templates expect. Raises
         ValueError, saying what is wrong, for a conversation that the template refuses and where there is no template."""
@@ -138,6 +145,20 @@ class Tokenizer:
             raise ValueError("messages: must not be empty")
         given = {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables}
         messages = [_plain_message(m, i, template) for i, m in enumerate(messages)]
+        if continue_final_message:
+            given["add_generation_prompt"] = False
+            messages[-1] = {**messages[-1], "content": (messages[-1].get("content") or "") + _CUT}
+        text = self._rendered(template, messages, given)
+        if not continue_final_message:
+            return text
+        kept, found, _ = text.rpartition(_CUT)
+        if not found:
+            raise ValueError("continue_final_message: the chat template leaves out the last message's content, so that nothing can continue it")
+        return kept
+
+    @staticmethod
+    def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], given: dict[str, Any]) -> str:
+        """Whichever form of a call's arguments the template can work with."""
         parsed = [_with_arguments(m, _parsed_call) for m in messages]
         try:
             return template.render(parsed, given)

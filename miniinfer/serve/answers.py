@@ -35,6 +35,14 @@ class Prompt:
     cached_tokens: int = 0
     cache_miss: str | None = None  # why the prompt's next token was not cached, if the request asks
 
+    def tables(self, most: int, other: int | None) -> list[Table | None]:
+        """Its log-probabilities with so many alternatives; there are more of them if another part of the answer has more."""
+        tables = self.logprobs or []
+        if other is None or other <= most:
+            return tables
+        pairs = zip(self.token_ids, tables, strict=True)
+        return [table and {i: v for i, v in table.items() if i == token or (v.rank or 0) <= most} for token, table in pairs]
+
 
 @dataclass(slots=True)
 class Choice:
@@ -83,7 +91,14 @@ class Answer:
         self._about = {"id": request_id, "object": self.kind, "created": int(time.time()), "model": model}
         self._stem = b"data: " + encode(self._about | {"object": self.event_kind})[:-1]
         self._heads = [self._stem + b',"choices":[{"index":%d,' % i for i in range(len(self.choices))]
-        self._end = b'}],"usage":null}\n\n' if request.include_usage else b"}]}\n\n"
+        self._plain_end: bytes | None = b"}]}\n\n"
+        if request.include_usage:
+            self._plain_end = None if request.continuous_usage else b'}],"usage":null}\n\n'
+
+    @property
+    def _end(self) -> bytes:
+        """The end of an event."""
+        return self._plain_end or b'}],"usage":' + encode(self.usage()) + b"}\n\n"
 
     def note(self, index: int, item: RequestOutput) -> None:
         """Keeps what an item says of its prompt and counts its tokens."""
@@ -127,7 +142,7 @@ class Answer:
 
     def result(self) -> bytes:
         choices = [self._choice(i, choice) for i, choice in enumerate(self.choices)]
-        return encode(self._about | {"choices": choices, "usage": self.usage()} | self._prompt_ids())
+        return encode(self._about | {"choices": choices, "usage": self.usage()} | self._about_prompt())
 
     def event(self, delta: CompletionOutput) -> bytes:
         """The stream's bytes for one delta; empty if it has nothing to tell yet."""
@@ -151,11 +166,26 @@ class Answer:
         extras: dict[str, Any] = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
         return extras | ({"token_ids": choice.token_ids} if self.request.return_token_ids else {})
 
-    def _prompt_ids(self) -> dict[str, Any]:
+    def _about_prompt(self) -> dict[str, Any]:
         return {}
 
+    def _ranked(self, prompt: Prompt) -> list[dict[int, Any] | None] | None:
+        """The `prompt_logprobs` that were asked for: for every token of a prompt but the first, it and its alternatives by their ids."""
+        if self.request.prompt_logprobs is None or prompt.logprobs is None:
+            return None
+        return [
+            table and {i: {"logprob": _finite(v.logprob), "rank": v.rank, "decoded_token": self._text(i)} for i, v in table.items()}
+            for table in prompt.tables(self.request.prompt_logprobs, self._echoed_logprobs())
+        ]
+
+    def _echoed_logprobs(self) -> int | None:
+        """How many alternatives an echo of the prompt shows."""
+        return None
+
     def _text(self, token_id: int) -> str:
-        return self.tokenizer.token_text(token_id) if self.tokenizer else f"token_id:{token_id}"
+        if self.tokenizer is None or self.request.return_tokens_as_token_ids:
+            return f"token_id:{token_id}"
+        return self.tokenizer.token_text(token_id)
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
@@ -195,7 +225,7 @@ class ChatAnswer(Answer):
         plain_end = b',"logprobs":null,"finish_reason":null' + self._end
         if not self._started[index]:
             self._started[index] = True
-            events = head + b'{"role":"assistant","content":""}' + plain_end
+            events = head + b'{"role":"assistant","content":' + encode(self.request.echoed) + b"}" + plain_end
         logprobs = b"null"
         if delta.logprobs:
             logprobs = encode(self._logprobs(delta.token_ids, delta.logprobs))
@@ -207,7 +237,7 @@ class ChatAnswer(Answer):
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         whole = CompletionOutput(index, "".join(choice.text), [], finish_reason=choice.finish_reason)
-        message = _message(self.deltas(whole))
+        message = _message(self.deltas(whole), self.request.echoed)
         choice.finish_reason = whole.finish_reason
         logprobs = None if choice.logprobs is None else self._logprobs(choice.token_ids, choice.logprobs)
         return {"index": index, "message": message, "logprobs": logprobs, **self._extras(choice)}
@@ -233,8 +263,9 @@ class ChatAnswer(Answer):
         raw = self.tokenizer.token_bytes(token_id) if self.tokenizer else b""
         return {"token": self._text(token_id), "logprob": _finite(value.logprob), "bytes": list(raw)}
 
-    def _prompt_ids(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self.prompts[0].token_ids} if self.request.return_token_ids else {}
+    def _about_prompt(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"prompt_logprobs": self._ranked(self.prompts[0])}
+        return about | ({"prompt_token_ids": self.prompts[0].token_ids} if self.request.return_token_ids else {})
 
 
 def _delta(part: Delta) -> bytes:
@@ -251,9 +282,9 @@ def _delta(part: Delta) -> bytes:
             return encode({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
 
 
-def _message(parts: list[Delta]) -> dict[str, Any]:
+def _message(parts: list[Delta], echoed: str) -> dict[str, Any]:
     """The assistant's message out of all of its parts."""
-    texts: dict[type, str] = {Content: "", Reasoning: ""}
+    texts: dict[type, str] = {Content: echoed, Reasoning: ""}
     calls: list[dict[str, Any]] = []
     for part in parts:
         match part:
@@ -356,7 +387,7 @@ class CompletionAnswer(Answer):
         if choice.logprobs is not None:
             own = self._logprobs(index, choice.token_ids, choice.logprobs)
             logprobs = {key: logprobs[key] + own[key] for key in own} if logprobs else own
-        extras = self._extras(choice)
+        extras = self._extras(choice) | {"prompt_logprobs": self._ranked(self.prompts[index // self.n])}
         if self.request.return_token_ids:
             extras["prompt_token_ids"] = self.prompts[index // self.n].token_ids
         return {"index": index, "text": text, "logprobs": logprobs, **extras}
@@ -367,8 +398,13 @@ class CompletionAnswer(Answer):
         return prompt.text or ""
 
     def _prompt_logprobs(self, index: int) -> dict[str, Any] | None:
-        prompt = self.prompts[index // self.n]
-        return None if prompt.logprobs is None else self._logprobs(index, prompt.token_ids, prompt.logprobs)
+        prompt, most = self.prompts[index // self.n], self._echoed_logprobs()
+        if prompt.logprobs is None or most is None:
+            return None
+        return self._logprobs(index, prompt.token_ids, prompt.tables(most, self.request.prompt_logprobs))
+
+    def _echoed_logprobs(self) -> int | None:
+        return self.request.logprobs if self.request.echo else None
 
     def _logprobs(self, index: int, token_ids: list[int], tables: Iterable[Table | None]) -> dict[str, Any]:
         """The first token of a prompt has no table: nothing comes before it."""

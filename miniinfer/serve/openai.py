@@ -31,6 +31,7 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
         [message.for_template() for message in request.messages],
         request.offered_tools,
         add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
         add_special_tokens=bool(request.add_special_tokens),
         template_kwargs=request.template_variables,
     )
@@ -44,6 +45,7 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
         raise ApiError.from_value_error(e) from None
     if wanted is not params.structured_outputs:
         params = msgspec.structs.replace(params, structured_outputs=wanted)
+    prompt.token_ids = service.truncated(prompt.token_ids, request, params)
     answer = kind(prefix + uuid.uuid4().hex, service.model, request, [prompt], params.n, service.engine.tokenizer)
     return answer, params
 
@@ -82,6 +84,10 @@ def router(fleet: Fleet) -> APIRouter:
                 prompts.append(Prompt(await service.encode(given, request.add_special_tokens is not False, "prompt"), given))
             else:
                 prompts.append(Prompt(given))
+        for prompt in prompts:
+            kept = service.truncated(prompt.token_ids, request, params)
+            if len(kept) < len(prompt.token_ids):
+                prompt.token_ids, prompt.text = kept, None
         answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, service.engine.tokenizer)
         if request.use_beam_search:
             return await service.reply(http, beam_answer(service, answer, params), answer.id)

@@ -137,6 +137,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # with include_usage: every event has the usage so far
     include_obfuscation: bool = False  # padding against traffic analysis; we never pad, which a client cannot tell from "off"
 
 
@@ -171,7 +172,11 @@ class Sampling(Strict):
     timeout: float | None = Field(None, gt=0, le=604800, description="seconds after which the request ends with an error")
     cache_salt: str = Field("", max_length=256)
     keep_cache_seconds: float | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31, description="the most tokens of a prompt that are used; -1: as many as fit")
+    truncation_side: Literal["left", "right"] = "left"  # where a prompt that is too long loses tokens
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:17" for a token's text, which may be the same for two tokens
     explain_cache: bool = False
     response_format: Annotated[Any, WithJsonSchema(structured.SCHEMAS["response_format"])] = None
     structured_outputs: Annotated[Any, WithJsonSchema(structured.SCHEMAS["structured_outputs"])] = None
@@ -209,14 +214,16 @@ class Sampling(Strict):
     def _integer_keys(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if not all(re.fullmatch(r"\d{1,9}", key) for key in value):
-            raise ValueError("keys must be token ids")
+        if bad := [key for key in value if not re.fullmatch(r"\d{1,9}", key)]:
+            raise ValueError(f"keys must be token ids, got {', '.join(map(repr, bad[:5]))}"[:200])
         return {int(key): bias for key, bias in value.items()}
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             _refuse("stream_options", "only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            _refuse("prompt_logprobs", "come at the end only; leave out stream, or prompt_logprobs")
         return self
 
     @model_validator(mode="after")
@@ -254,6 +261,17 @@ class Sampling(Strict):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def truncated(self, ids: list[int], room: int) -> list[int]:
+        """As many of a prompt's tokens as the client wants, where the model has `room` for so many."""
+        most = room if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+        if most is None or len(ids) <= most:
+            return ids
+        return ids[:most] if self.truncation_side == "right" else ids[len(ids) - most :]
 
     def sampling_params(self, defaults: dict[str, Any], **more: Any) -> SamplingParams:
         """What the client asked for over `defaults` (from the checkpoint); `more` are the endpoint's own. ApiError on a bad value."""
@@ -300,8 +318,8 @@ class CompletionRequest(Sampling):
         more: dict[str, Any] = {"max_tokens": 1 if self.only_prompt else limit, "logprobs": self.logprobs}
         if self.best_of is not None and self.best_of > self.kept and not self.use_beam_search:
             more |= {"n": self.best_of, "logprobs": self.logprobs or 0}
-        if self.echo:
-            more["prompt_logprobs"] = self.logprobs
+        if self.echo and self.logprobs is not None:
+            more["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return self.sampling_params(defaults, **more)
 
     @model_validator(mode="after")
@@ -401,7 +419,7 @@ def _functions_only(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _nothing_of_ours(variables: dict[str, Any]) -> dict[str, Any]:
-    for name in ("self", "messages", "tools", "add_generation_prompt"):
+    for name in ("self", "messages", "tools", "add_generation_prompt", "continue_final_message"):
         if name in variables:
             raise ValueError(f"'{name}' is not the template's own variable")
     return variables
@@ -425,6 +443,9 @@ class ChatRequest(Sampling):
     include_reasoning: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the answer goes on where the last message ends
+    echo: bool = False  # the answer begins with the last message, if that is the assistant's
+    documents: list[dict[str, Any]] | None = None  # for templates that know what to do with them
     chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
@@ -437,14 +458,23 @@ class ChatRequest(Sampling):
             _refuse("modalities", "only ['text'] is supported")
         if self.top_logprobs is not None and not self.logprobs:
             _refuse("top_logprobs", "needs logprobs to be true")
+        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+            _refuse("continue_final_message", "the last message cannot go on and another begin; leave out add_generation_prompt, or this")
         return self
+
+    @property
+    def echoed(self) -> str:
+        """What the answer's content begins with."""
+        last = self.messages[-1]
+        return last.content or "" if self.echo and last.role == "assistant" else ""
 
     @property
     def template_variables(self) -> dict[str, Any]:
         """What the chat template gets beside the messages. Templates that let reasoning be switched off call that `enable_thinking`."""
         effort = self.reasoning_effort
         variables: dict[str, Any] = {} if effort is None else {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
-        return variables | (self.chat_template_kwargs or {})
+        documents = {"documents": self.documents} if self.documents is not None else {}
+        return variables | documents | (self.chat_template_kwargs or {})
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
