@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
@@ -143,6 +144,17 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.logit_bias:
             check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
             check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "values in [-100, 100]")
+
+
+SLEEP_TAGS = ("weights", "kv_cache")  # what of an engine can sleep
+
+
+def check_sleep(level: int, tags: Sequence[str] | None) -> None:
+    """ValueError unless an engine can sleep at this level, and has these parts."""
+    if level not in (1, 2):
+        raise ValueError(f"level: must be 1 or 2, got {level!r}")
+    if unknown := [tag for tag in tags or () if tag not in SLEEP_TAGS]:
+        raise ValueError(f"tags: must be of {', '.join(SLEEP_TAGS)}, got {unknown[0]!r}")
 
 
 def sequence_seed(params: SamplingParams, index: int, engine_seed: int, number: int) -> int:
@@ -286,6 +298,7 @@ class Control(msgspec.Struct, tag=True, array_like=True):
 
     id: int
     command: str
+    arguments: dict[str, Any] = {}
 
 
 class Admission(msgspec.Struct, array_like=True):

@@ -69,11 +69,17 @@ class EchoCore:
     def stats(self) -> dict[str, float]:
         return {"running": float(len(self.open)), "steps": float(self.steps)}
 
-    def control(self, command: str) -> Any:
+    def control(self, command: str, level: int = 0, tags: list[str] | None = None) -> Any:
         if command == "state":
             return {"open": sorted(self.open), "aborted": self.aborted}
         if command == "adds":
             return [[m.id, m.output, m.params.n, m.params.prompt_logprobs, m.group, m.seed] for m in self.open.values()]
+        if command in ("sleep", "wake_up"):  # tags make it fail, or last
+            if tags == ["weights"]:
+                raise RuntimeError("the GPU has no 1.00 GiB free")
+            if tags == ["kv_cache"]:
+                time.sleep(60)
+            return {"level": level, "asleep": ["weights", "kv_cache"] if command == "sleep" else []}
         raise ValueError(f"unknown command {command!r}")
 
     def shutdown(self) -> None:

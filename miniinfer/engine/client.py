@@ -8,16 +8,19 @@ output.py, here in the parent, so that the engine process never waits for it, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
+
 from miniinfer.config import ConfigError, EngineConfig
-from miniinfer.data import Abort, Control, FromEngine, Reply, RequestOutput, SamplingParams, SequenceUpdate, Updates, sequence_seed
+from miniinfer.data import Abort, Add, Control, FromEngine, Reply, RequestOutput, SamplingParams, SequenceUpdate, Updates, check_sleep, sequence_seed
 from miniinfer.engine.ledger import Ledger
 from miniinfer.engine.link import EngineDeadError, EngineLink
 from miniinfer.engine.output import OutputProcessor, merge, snapshot, validate
@@ -25,14 +28,20 @@ from miniinfer.engine.text import Tokenizer
 from miniinfer.models.hub import resolve_folder
 from miniinfer.utils import get_logger
 
-__all__ = ["AsyncEngine", "EngineDeadError", "Prompt"]
+__all__ = ["AsyncEngine", "EngineAsleepError", "EngineDeadError", "Prompt"]
 
 log = get_logger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": text} and/or {"prompt_token_ids": ids}
 
 SHORT_TEXT = 4096  # characters; tokenizing up to so many takes about a millisecond, less than a thread's round trip is worth
+SLEEP_MODES = ("wait", "abort")  # what becomes of open requests
+RETIRING_SECONDS = 0.01  # between looks at whether they have ended
 RESTART_WINDOW = 300.0  # seconds in which `max_engine_restarts` are counted
+
+
+class EngineAsleepError(RuntimeError):
+    """The engine sleeps, or is about to: it takes no requests until `wake_up`."""
 
 
 class _Stream:
@@ -86,6 +95,7 @@ class AsyncEngine:
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._reply_ids = itertools.count()
         self._ledger = Ledger()
+        self.pins: dict[str, Add] = {}  # what makes each pinned prefix, by id; may be handed on to an engine that takes this one's place
         self._sequences = itertools.count(1)
         self._link: EngineLink | None = None
         self._up = False  # is there a process that takes requests
@@ -94,6 +104,10 @@ class AsyncEngine:
         self.num_restarts = 0
         self._dead: Exception | None = None
         self._stopping = False
+        self.sleep_level = 0  # 0: awake; 1 or 2: asleep, at least in part, or no process at all
+        self._retiring = False  # takes no more requests, since it is to sleep when those open have ended
+        self._change = asyncio.Lock()  # one change between asleep and awake at a time
+        self._changes: set[asyncio.Task[Any]] = set()
         self.errored = False  # has it died for good, other than by `shutdown`
         self._threads = ThreadPoolExecutor(2, "tokenize")
 
@@ -113,8 +127,12 @@ class AsyncEngine:
                 raise TimeoutError(f"the engine did not start within {timeout:g} s") from None
             raise
         self._processor = OutputProcessor(self.tokenizer, deltas=True)
-        self._up = True
+        self._is_up(timeout)
+
+    def _is_up(self, timeout: float) -> None:
+        self._up, self._timeout = True, timeout
         self._supervisor = asyncio.create_task(self._supervise(timeout))
+        self._renew_pins()
 
     def _load_tokenizer(self) -> Tokenizer | None:
         if self.config.skip_tokenizer_init:
@@ -125,12 +143,15 @@ class AsyncEngine:
 
     async def _connect(self) -> None:
         """A new process, up to where it accepts work; raises the reason if it ends before."""
-        self._link = link = EngineLink(self.config, self._core, self._receive, self._ledger.__bool__)
+        self._link = link = EngineLink(self.config, self._core, self._receive, self._is_busy)
         await link.open()
         await link.settled()
         if not link.ready.done():
             raise _fresh(link.ended.result())
         self.info = link.ready.result()
+
+    def _is_busy(self) -> bool:
+        return bool(self._ledger) or bool(self._replies)
 
     async def _supervise(self, timeout: float) -> None:
         """`_replace` for as long as it works."""
@@ -141,7 +162,8 @@ class AsyncEngine:
             self._die(EngineDeadError(f"the engine process could not be replaced: {type(e).__name__}: {e}"))
 
     async def _replace(self, timeout: float) -> None:
-        """Puts a new process in the place of one that has ended, until that happens too often."""
+        """Puts a new process in the place of one that has ended, until that happens too often. One that was asleep is left to `wake_up`: what
+        memory there is may be another's by now."""
         while self._dead is None:
             assert self._link is not None
             reason = await asyncio.shield(self._link.ended)
@@ -149,6 +171,9 @@ class AsyncEngine:
             await self._link.close(kill=True)
             self._fail_replies(reason)
             self._blame(reason)
+            if self.sleep_level:
+                log.warning("%s; it was asleep, and another is started when it is to wake", reason)
+                return
             while not self._up:
                 if self._stopping or isinstance(reason, ConfigError) or not self._may_restart():
                     self._die(EngineDeadError(str(reason)))
@@ -161,7 +186,7 @@ class AsyncEngine:
                 except (EngineDeadError, ConfigError, OSError) as e:  # a TimeoutError is an OSError
                     reason = e
                     await self._link.close(kill=True)
-            self._send_due()
+            self._renew_pins()
 
     def _may_restart(self) -> bool:
         now = time.monotonic()
@@ -188,7 +213,9 @@ class AsyncEngine:
         self._die(EngineDeadError("the engine was shut down"))
         if self._supervisor is not None:
             self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        for task in self._changes:
+            task.cancel()
+        await asyncio.gather(*self._changes, *([self._supervisor] if self._supervisor else []), return_exceptions=True)
         if self._link is not None:
             await self._link.close()
         self._threads.shutdown(wait=False)
@@ -201,12 +228,98 @@ class AsyncEngine:
     @property
     def restarting(self) -> bool:
         """Is an engine process being started in the place of one that has ended."""
-        return self.is_alive and not self._up
+        return self.is_alive and not self._up and not self.sleep_level
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Does it refuse requests until `wake_up`."""
+        return self.sleep_level > 0
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
+
+    # --------------------------------------------------------------------------------------------------- sleep
+
+    async def sleep(self, level: int = 1, mode: str = "wait", tags: Sequence[str] | None = None) -> dict[str, Any]:
+        """Gives the engine's memory back until `wake_up`: level 1 keeps the weights in host memory, level 2 reads them from the checkpoint again;
+        `tags` names what is to sleep, if it is not everything. New requests raise EngineAsleepError from now on; those that are open end first
+        (`mode` "wait") or at once ("abort"). Returns figures. ValueError for a bad value, or if the engine cannot sleep. Goes on to its end even
+        if the caller is cancelled."""
+        if not self.config.enable_sleep_mode:
+            raise ValueError("enable_sleep_mode: the engine was started without it, so it cannot sleep")
+        check_sleep(level, tags)
+        if mode not in SLEEP_MODES:
+            raise ValueError(f"mode: must be one of {', '.join(SLEEP_MODES)}, got {mode!r}")
+        self._check_alive()
+        return await self._to_its_end(self._sleep(level, mode, tags))
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> dict[str, Any]:
+        """Undoes `sleep`, for all or some of what sleeps; a process that has ended meanwhile is replaced by a new one, all awake. If it fails
+        (RuntimeError, ConfigError, EngineDeadError, OSError) the engine is still asleep. Goes on to its end even if the caller is cancelled."""
+        check_sleep(1, tags)
+        self._check_alive()
+        return await self._to_its_end(self._wake_up(tags))
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _sleep(self, level: int, mode: str, tags: Sequence[str] | None) -> dict[str, Any]:
+        async with self._change:
+            self._retiring = True
+            try:
+                for request_id in list(self._streams) if mode == "abort" else ():
+                    self.abort(request_id)
+                while self._streams or self._ledger:
+                    await asyncio.sleep(RETIRING_SECONDS)
+                self._check_alive()
+                before, self.sleep_level = self.sleep_level, max(self.sleep_level, level)  # ahead of the process, lest it be replaced if it dies
+                try:
+                    return await self.control("sleep", level=level, tags=tags)  # type: ignore[no-any-return]
+                except EngineDeadError as e:
+                    self._check_alive()
+                    return {"level": self.sleep_level, "bytes": 0, "note": f"no memory is held: {e}"}
+                except BaseException:
+                    self.sleep_level = before
+                    raise
+            finally:
+                self._retiring = False
+
+    async def _wake_up(self, tags: Sequence[str] | None) -> dict[str, Any]:
+        async with self._change:
+            if self.sleep_level and self._up:
+                with contextlib.suppress(EngineDeadError):
+                    report: dict[str, Any] = await self.control("wake_up", tags=tags)
+                    if self._up:
+                        self.sleep_level = report["level"]
+                        if not self.sleep_level:
+                            self._renew_pins()
+                        return report
+            begin = time.monotonic()
+            if self.sleep_level:
+                await self._start_again()
+            return {"level": 0, "bytes": 0, "seconds": round(time.monotonic() - begin, 4)}
+
+    async def _start_again(self) -> None:
+        """A new process in the place of one that ended asleep."""
+        assert self._supervisor is not None
+        await asyncio.wait([self._supervisor])  # it takes down what is left of the other
+        self._check_alive()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._connect()
+        except BaseException:
+            if self._link is not None:
+                await self._link.close(kill=True)
+            raise
+        self.sleep_level = 0
+        self.num_restarts += 1
+        self._is_up(self._timeout)
+        self._send_due()
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -227,6 +340,7 @@ class AsyncEngine:
         cache_salt: str = "",
         delta: bool = False,
         pooling: str | None = None,
+        pin: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams a request's output, whole so far each time or (`delta`) only what is new. Leaving the iterator in any way aborts the request.
 
@@ -236,10 +350,12 @@ class AsyncEngine:
         text, ids = await self._prompt(prompt)
         validate(ids, params, self.info, self.tokenizer)
         self._check_alive()
+        if self.sleep_level or self._retiring:
+            raise EngineAsleepError("the engine is asleep: it takes no requests until it is woken up")
         request_id = request_id or uuid.uuid4().hex
         messages = self._processor.add(request_id, text, ids, params, priority, cache_salt)
         for index, message in enumerate(messages):
-            message.pooling = pooling
+            message.pooling, message.pin = pooling, pin
             message.seed = sequence_seed(params, index, self.config.seed, next(self._sequences))
         stream = self._streams[request_id] = _Stream()
         self._ledger.open(request_id, messages)
@@ -270,16 +386,46 @@ class AsyncEngine:
             self._send(Abort(ids))
             self._send_due()
 
-    async def control(self, command: str) -> Any:
+    async def pin(self, id: str, tokens: list[int], cache_salt: str = "") -> RequestOutput:
+        """Computes a prefix and has its KV pages go after all others until `unpin`, in this process and in any that takes its place.
+
+        Returns how that went; if it has an `error` there is no pin, and it is `invalid` if there is no room for one. Raises as `generate` does."""
+        params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        done = False
+        try:
+            async for output in self.generate(tokens, params, id, cache_salt=cache_salt, pin=True):
+                done = output.finished and output.error is None and output.outputs[0].finish_reason != "abort"
+            if done:
+                self.pins[id] = Add(id, tokens, params, cache_salt=cache_salt, pin=True)
+            return output
+        finally:
+            if not done:
+                self.unpin(id)
+
+    def unpin(self, id: str) -> None:
+        """Makes a pinned prefix like any other. An unknown id is ignored."""
+        self.pins.pop(id, None)
+        self._ledger.close([id])
+        if self._up:
+            self._send(Abort([id]))
+
+    def _renew_pins(self) -> None:
+        """Has what is pinned computed where it is not: in a new process, or after sleep. Nobody waits for it."""
+        for id, add in self.pins.items():
+            if id not in self._ledger:
+                self._ledger.open(id, [msgspec.structs.replace(add, output=[])])
+        self._send_due()
+
+    async def control(self, command: str, **arguments: Any) -> Any:
         """The engine's answer to a command outside the request flow ("stats", "check", "start_profile", ...). RuntimeError if it fails there,
         EngineDeadError if the process ends or is being restarted."""
         self._check_alive()
         if not self._up:
-            raise EngineDeadError("the engine process is being restarted")
+            raise EngineDeadError("the engine process has ended" if self.sleep_level else "the engine process is being restarted")
         id = next(self._reply_ids)
         reply = self._replies[id] = asyncio.get_running_loop().create_future()
         try:
-            self._send(Control(id, command))
+            self._send(Control(id, command, arguments))
             return await reply
         finally:
             del self._replies[id]
@@ -340,6 +486,9 @@ class AsyncEngine:
             self._ledger.produced(update.id, update.token_ids)
             if update.finish_reason is not None:
                 ended.append(update.id)
+            if update.error is not None and update.id in self.pins:
+                del self.pins[update.id]
+                log.error("a pinned prefix could not be computed again: %s", update.error)
         deltas, aborts = self._processor.process(updates)
         self._put(deltas)
         self._ledger.close(ended + aborts)

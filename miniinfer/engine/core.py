@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import torch
 from miniinfer import kernels
 from miniinfer.cache.manager import CacheManager
 from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
-from miniinfer.data import Add, SequenceUpdate
+from miniinfer.data import SLEEP_TAGS, Add, SequenceUpdate, check_sleep
 from miniinfer.engine.grammar import grammars
 from miniinfer.engine.profile import Profiler
-from miniinfer.engine.runner import Pending
+from miniinfer.engine.runner import GIB, Pending, synchronize
 from miniinfer.engine.scheduler import Scheduler
+from miniinfer.engine.sleep import Memory
 from miniinfer.engine.start import start
 from miniinfer.models.hub import resolve_folder
 from miniinfer.utils import get_logger
@@ -98,6 +99,7 @@ class EngineCore:
             "device": config.device,
             "kernels": ops,
             "page_size": config.page_size,
+            "enable_prefix_caching": config.enable_prefix_caching,
             "num_pages": list(self.runner.num_pages),
             "startup_seconds": {stage: round(after, 3) for stage, after in seconds.items()},
         }
@@ -106,6 +108,8 @@ class EngineCore:
 
     def add(self, message: Add) -> list[SequenceUpdate]:
         """Takes in a sequence; one that can never run comes back at once as an update with finish_reason "error"."""
+        if self.is_sleeping:
+            return [SequenceUpdate(message.id, [], "error", error="the engine is asleep")]
         wanted = message.params.structured_outputs
         if wanted is not None and self.config.skip_tokenizer_init:
             error = f"{wanted.field}: structured output needs the tokenizer, but the engine was started with skip_tokenizer_init"
@@ -160,8 +164,45 @@ class EngineCore:
         """Counters and gauges, for logs and metrics."""
         return self.scheduler.stats()
 
-    def control(self, command: str) -> Any:
+    @property
+    def is_sleeping(self) -> bool:
+        return self.runner.memory is not None and bool(self.runner.memory.asleep)
+
+    def sleep(self, level: int = 1, tags: Sequence[str] | None = None) -> dict[str, Any]:
+        """Gives back the memory of KV pages and weights, or of one of them (`tags`), until `wake_up`: level 1 keeps the weights in host memory,
+        level 2 reads them from the checkpoint again. Returns figures. ValueError while requests are open, or if the engine cannot sleep."""
+        memory = self._memory("sleep")
+        check_sleep(level, tags)
+        if self.scheduler.has_work:
+            raise ValueError("sleep: requests are still open")
+        while self.pending is not None:
+            self.step()
+        self.cache.reset()
+        if any(pool.num_free < pool.size for pool in self.cache.pools):
+            raise RuntimeError("sleep: KV pages are still held")
+        synchronize(self.runner.device)
+        report = memory.sleep(level, tags or SLEEP_TAGS)
+        log.info("asleep (level %d): gave back %.2f GiB in %.2f s", report["level"], report["bytes"] / GIB, report["seconds"])
+        return report
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> dict[str, Any]:
+        """Undoes `sleep`, for all or some of what sleeps. If it fails all is as it was."""
+        check_sleep(1, tags)
+        report = self._memory("wake_up").wake(tags or SLEEP_TAGS)
+        log.info("awake%s: took %.2f GiB in %.2f s", " in part" if self.is_sleeping else "", report["bytes"] / GIB, report["seconds"])
+        return report
+
+    def _memory(self, command: str) -> Memory:
+        if self.runner.memory is None:
+            raise ValueError(f"{command}: the engine was started without enable_sleep_mode")
+        return self.runner.memory
+
+    def control(self, command: str, **arguments: Any) -> Any:
         """Commands outside the request flow; ValueError for one that does not exist."""
+        if command == "sleep":
+            return self.sleep(**arguments)
+        if command == "wake_up":
+            return self.wake_up(**arguments)
         if command == "stats":
             return self.stats()
         if command == "check":
@@ -170,13 +211,13 @@ class EngineCore:
         if command == "reset_prefix_cache":
             self.cache.reset()
             return True
+        if command == "pins":
+            return self.cache.describe_pins()
         if command == "start_profile":
             return self.profiler.start()
         if command == "stop_profile":
             return self.profiler.stop()
-        if command == "pins":
-            return self.cache.describe_pins()
-        raise ValueError(f"unknown command {command!r}; known: stats, check, reset_prefix_cache, start_profile, stop_profile")
+        raise ValueError(f"unknown command {command!r}; known: stats, check, reset_prefix_cache, pins, start_profile, stop_profile, sleep, wake_up")
 
     def shutdown(self) -> None:
         """Waits for the step in flight; the memory goes with the object."""

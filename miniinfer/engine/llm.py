@@ -144,6 +144,15 @@ class LLM:
             found.append(EmbeddingRequestOutput(output.request_id, vector, output.prompt_token_ids))
         return found
 
+    def sleep(self, level: int = 1) -> dict[str, Any]:
+        """Gives the memory of weights and KV pages back until `wake_up`. Level 1 keeps the weights in host memory, level 2 reads them from the
+        checkpoint again. Returns figures. ValueError unless the LLM was made with `enable_sleep_mode`."""
+        return self.core.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> dict[str, Any]:
+        """Undoes `sleep`, for all of it or for `tags`: "weights", "kv_cache". RuntimeError if there is too little memory; it sleeps on then."""
+        return self.core.wake_up(tags)
+
     def start_profile(self) -> None:
         """Begins a profile of the steps to come. ValueError unless the LLM was made with `profile`, a folder."""
         self.core.control("start_profile")
@@ -178,6 +187,8 @@ class LLM:
         self, requests: list[tuple[str | None, list[int], SamplingParams, int]], use_tqdm: bool, pooling: str | None = None
     ) -> list[RequestOutput]:
         """Adds everything, then steps until all have ended. Interrupted, it leaves the engine empty."""
+        if self.core.is_sleeping:
+            raise RuntimeError("the LLM is asleep: call wake_up() first")
         ids = [str(next(self._ids)) for _ in requests]
         finished: dict[str, RequestOutput] = {}
         bar = tqdm(total=len(requests), desc="requests", unit="req", disable=not use_tqdm, dynamic_ncols=True)

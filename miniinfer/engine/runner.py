@@ -20,6 +20,7 @@ from miniinfer.data import StepPlan, StepResult, TokenLogprobs
 from miniinfer.engine import sampler
 from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, HIDDEN, Graphs, Shape
 from miniinfer.engine.rows import BIASED, FILTERED, PENALIZED, Rows, to_device
+from miniinfer.engine.sleep import Memory
 from miniinfer.kernels import Ops
 from miniinfer.models.decoder import Decoder
 from miniinfer.utils import get_logger
@@ -67,11 +68,11 @@ def _token_logprobs(ids: Tensor, values: Tensor, ranks: Tensor) -> list[TokenLog
 
 
 class Runner:
-    """One device's share of the engine. `config` is resolved; `model` has its weights."""
+    """One device's share of the engine. `config` is resolved; `model` has its weights. With `memory` KV pages lie there, too."""
 
-    def __init__(self, config: EngineConfig, model: Decoder, ops: Ops, device: torch.device) -> None:
+    def __init__(self, config: EngineConfig, model: Decoder, ops: Ops, device: torch.device, memory: Memory | None = None) -> None:
         assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
-        self.config, self.model, self.ops, self.device = config, model, ops, device
+        self.config, self.model, self.ops, self.device, self.memory = config, model, ops, device, memory
         self.max_length = config.max_model_len
         shape: ModelConfig = model.config
         self.kinds = shape.state_kinds
@@ -93,12 +94,9 @@ class Runner:
     def _make_caches(self, shape: ModelConfig, page_size: int) -> list[tuple[Tensor, Tensor]]:
         """K and V per layer, zeroed: attention multiplies masked entries by 0, and 0 times a stale NaN would be NaN."""
         dtype = self.model.embed.weight.dtype
-        caches: list[tuple[Tensor, Tensor]] = []
-        for window in shape.windows:
-            pages = self.num_pages[self.kinds.index(window)]
-            both = _zeros((2, pages, shape.num_kv_heads, page_size, shape.head_dim), dtype, self.device)
-            caches.append((both[0], both[1]))
-        return caches
+        layers = [(2, self.num_pages[self.kinds.index(window)], shape.num_kv_heads, page_size, shape.head_dim) for window in shape.windows]
+        made = self.memory.make_kv(layers, dtype) if self.memory is not None else [_zeros(layer, dtype, self.device) for layer in layers]
+        return [(both[0], both[1]) for both in made]
 
     # ------------------------------------------------------------------------------------------------------- a step
 

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,7 @@ from miniinfer.engine import sampler
 from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, HIDDEN, Shape
 from miniinfer.engine.rows import FILTERED, PENALIZED
 from miniinfer.engine.runner import GIB, Runner, synchronize
+from miniinfer.engine.sleep import Memory
 from miniinfer.kernels import Ops
 from miniinfer.models import registry, weights
 from miniinfer.models.decoder import Block, Decoder
@@ -36,24 +38,30 @@ def start(
 
     ConfigError if the model cannot fit, or a tensor is missing, extra or misshapen."""
     done = {"device": synchronize(device) - begin}
-    model = _build(shape, config, device)
+    memory = Memory(device) if config.enable_sleep_mode else None
+    model = _build(shape, config, device, memory)
     done["memory"] = synchronize(device) - begin
 
     def fill() -> None:
-        if config.load_format == "dummy":
-            weights.init_dummy(model, config.seed)
-        else:
-            weights.load(model, folder, progress)
+        _read(model, folder, config, progress)
         done["weights"] = synchronize(device) - begin
+
+    def again() -> None:
+        _read(model, folder, config, None)
+        _pack(model, ops)
 
     if ops.name != "triton":
         fill()
         _pack(model, ops)
-        runner = Runner(config, model, ops, device)
+        if memory is not None:
+            memory.reload, memory.forget = again, model.unpack
+        runner = Runner(config, model, ops, device, memory)
         done["ready"] = synchronize(device) - begin
         return runner, done
     _pack(model, ops)  # rearranges nothing, so the values may follow
-    runner = Runner(config, model, ops, device)
+    if memory is not None:
+        memory.reload = partial(_read, model, folder, config, None)
+    runner = Runner(config, model, ops, device, memory)
     with ThreadPoolExecutor(1, "weights") as side:
         loading = side.submit(fill)
         rehearse(runner)
@@ -64,15 +72,27 @@ def start(
     return runner, done
 
 
-def _build(shape: ModelConfig, config: EngineConfig, device: torch.device) -> Decoder:
-    """The model without values, on the device."""
+def _build(shape: ModelConfig, config: EngineConfig, device: torch.device, memory: Memory | None) -> Decoder:
+    """The model without values, on the device; its parameters lie in `memory`, if there is one."""
     dtype = getattr(torch, config.dtype)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         needed = shape.num_parameters * dtype.itemsize
         if needed > free:
             raise ConfigError(f"model: {config.model} needs {needed / GIB:.1f} GiB for its weights, but the GPU has {free / GIB:.1f} GiB free")
-    return registry.build(shape, dtype, device, config.max_model_len).eval().requires_grad_(False)
+    take = None
+    if memory is not None:
+        memory.make_weights(registry.build(shape, dtype, "meta", config.max_model_len))
+        take = memory.weights.take
+    return registry.build(shape, dtype, device, config.max_model_len, take).eval().requires_grad_(False)
+
+
+def _read(model: Decoder, folder: Path, config: EngineConfig, progress: Progress | None) -> None:
+    """The weights' values."""
+    if config.load_format == "dummy":
+        weights.init_dummy(model, config.seed)
+    else:
+        weights.load(model, folder, progress)
 
 
 def _pack(model: Decoder, ops: Ops) -> None:

@@ -115,7 +115,7 @@ def _serve(engine: Any, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> 
 def _answer(engine: Any, control: Control) -> Reply:
     """A command that fails is reported to whoever gave it; the engine goes on."""
     try:
-        return Reply(control.id, msgspec.to_builtins(engine.control(control.command)))
+        return Reply(control.id, msgspec.to_builtins(engine.control(control.command, **control.arguments)))
     except Exception as e:
         log.warning("control %s: %s: %s", control.command, type(e).__name__, e)
         return Reply(control.id, None, f"{type(e).__name__}: {e}")

@@ -5,11 +5,13 @@ Owns Part, Layout, Place and Layer, the base of all modules with parameters. Rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+Take = Callable[[tuple[int, ...], torch.dtype], Tensor]  # (shape, dtype) -> memory for a parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Precision and device that parameters are made on."""
+    """Precision and device that parameters are made on; `take` makes their memory, if it is not torch's to make."""
 
     dtype: torch.dtype
     device: torch.device
+    take: Take | None = None
 
     def on_meta(self) -> Place:
         """The same without storage, for a parameter that another one stands in for."""
@@ -61,7 +64,8 @@ class Layer(nn.Module):
 
     def declare(self, name: str, shape: tuple[int, ...], layout: Layout, place: Place) -> nn.Parameter:
         """Registers an uninitialised parameter."""
-        param = nn.Parameter(torch.empty(shape, dtype=place.dtype, device=place.device))
+        values = torch.empty(shape, dtype=place.dtype, device=place.device) if place.take is None else place.take(shape, place.dtype)
+        param = nn.Parameter(values)
         self.register_parameter(name, param)
         self.layouts[name] = layout
         return param

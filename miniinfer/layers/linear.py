@@ -40,6 +40,10 @@ class Linear(Layer):
         into the parameter take effect."""
         self._packed = pack_linear(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
+    def unpack(self) -> None:
+        """Undoes `pack`."""
+        self._packed = None
+
 
 def _stack(parts: dict[str, int], kind: str) -> tuple[Part, ...]:
     result, offset = [], 0

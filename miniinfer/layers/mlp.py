@@ -29,6 +29,10 @@ class GatedMLP(Layer):
         weight, bias = self.gate_up.weight, self.gate_up.bias
         self._packed = pack_gated(weight.detach(), None if bias is None else bias.detach())
 
+    def unpack(self) -> None:
+        """Undoes `pack`; the linear layers see to themselves."""
+        self._packed = None
+
 
 class SparseMLP(Layer):
     """A router and `experts` gated MLPs, of which each token takes `top_k`: w13 [E, 2 I, hidden] (gate rows, then up rows), w2 [E, hidden, I].

@@ -83,3 +83,9 @@ class Decoder(Layer):
                 module.pack(pack_linear)
             elif isinstance(module, GatedMLP) and pack_gated is not None:
                 module.pack(pack_gated)
+
+    def unpack(self) -> None:
+        """Forgets what packers have made, and with it the memory that they took."""
+        for module in self.modules():
+            if isinstance(module, Linear | GatedMLP):
+                module.unpack()

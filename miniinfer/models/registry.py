@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from miniinfer.config import ModelConfig
-from miniinfer.layers.layout import Place
+from miniinfer.layers.layout import Place, Take
 from miniinfer.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from miniinfer.models.decoder import Decoder, MakeBlock
 
@@ -20,10 +20,10 @@ BLOCKS: dict[str, MakeBlock] = {
 }
 
 
-def build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None) -> Decoder:
+def build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None, take: Take | None = None) -> Decoder:
     """A model with uninitialised parameters straight on the device ("meta": shapes only). `max_len`: positions it is to serve, by
-    default the model's own limit. Fill it with models/weights.py."""
-    return Decoder(config, BLOCKS[config.family], Place(dtype, torch.device(device)), max_len or config.max_position)
+    default the model's own limit; `take(shape, dtype)` makes the parameters' memory there. Fill it with models/weights.py."""
+    return Decoder(config, BLOCKS[config.family], Place(dtype, torch.device(device), take), max_len or config.max_position)
 
 
 def parameter_bytes(model: nn.Module) -> int:
