@@ -7,11 +7,13 @@ generated code nor its compiler's version matters. Imported only where the optio
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -23,6 +25,7 @@ from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.protocol import ApiError, CompletionRequest, checked
+from miniinfer.serve.record import begin, current, finish
 from miniinfer.serve.service import Service, as_api_error
 from miniinfer.utils import get_logger
 
@@ -91,6 +94,12 @@ class _Methods:
 
     async def generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:
         """Leaving this generator, as a deadline or a cancellation makes us do, aborts the request."""
+        with self._recorded(context, "Generate"):
+            async with aclosing(self._generate(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _generate(self, request: Any, context: Any) -> AsyncGenerator[Any]:
         try:
             self._identify(context)
             service = await self._fleet.service(request.model or None)
@@ -103,6 +112,10 @@ class _Methods:
             await _fail(context, e)
 
     async def embed(self, request: Any, context: Any) -> Any:
+        with self._recorded(context, "Embed"):
+            return await self._embed(request, context)
+
+    async def _embed(self, request: Any, context: Any) -> Any:
         try:
             self._identify(context)
             service = await self._fleet.service(request.model or None)
@@ -149,8 +162,22 @@ class _Methods:
 
     def _identify(self, context: Any) -> None:
         """Whose call it is, as the guard of HTTP finds out."""
-        headers = {key.encode(): value.encode() if isinstance(value, str) else value for key, value in reversed(context.invocation_metadata())}
-        caller.set(identify(self._fleet.keys, headers))
+        caller.set(identify(self._fleet.keys, _headers(context)))
+
+    @contextmanager
+    def _recorded(self, context: Any, method: str) -> Iterator[None]:
+        """A line in the log and a span, as requests over HTTP have; the status is HTTP's for the same end."""
+        client = re.fullmatch(r"ipv[46]:\[?([^\]]*?)\]?(:\d+)?", unquote(context.peer()))
+        record, _ = begin("gRPC", f"/{SERVICE}/{method}", client[1] if client else None, _headers(context))
+        current.set(record)  # the call's task is its own, so there is nothing to put back
+        try:
+            yield
+            record.status = 200
+        except BaseException as e:
+            record.status = record.status or (499 if isinstance(e, asyncio.CancelledError | GeneratorExit) else 500)  # others: `_fail` has set it
+            raise
+        finally:
+            finish(record, self._fleet.sinks)
 
     async def _prepare(self, service: Service, request: Any) -> tuple[GrpcAnswer, SamplingParams]:
         """The request as a completion, which has its checks."""
@@ -188,11 +215,18 @@ class _Methods:
         return response
 
 
+def _headers(context: Any) -> dict[bytes, bytes]:
+    """A call's metadata, of several with one name the first."""
+    return {key.encode(): value.encode() if isinstance(value, str) else value for key, value in reversed(context.invocation_metadata())}
+
+
 async def _fail(context: Any, error: Exception) -> None:
     """Ends a call with the status that stands for the error. What gRPC raises to end a call goes through."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     shown = as_api_error(error)
+    if (record := current.get()) is not None:
+        record.status = shown.status
     if shown.status == 500:
         log.error("a gRPC call failed", exc_info=error)
     wait = (shown.headers or {}).get("retry-after")

@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -82,24 +82,34 @@ class Recorder:
             raise
         finally:
             current.reset(token)
-            record.seconds = time.monotonic() - record.start
-            for sink in self._sinks:
-                try:
-                    sink(record)
-                except Exception:  # whoever watches must not harm who is served
-                    log.exception("a request could not be recorded")
+            finish(record, self._sinks)
+
+
+def finish(record: Record, sinks: Sequence[Sink]) -> None:
+    """The request has ended: whoever wants to know is told."""
+    record.seconds = time.monotonic() - record.start
+    for sink in sinks:
+        try:
+            sink(record)
+        except Exception:  # whoever watches must not harm who is served
+            log.exception("a request could not be recorded")
 
 
 def _begin(scope: Scope) -> tuple[Record, bool]:
     """A record of what the head says, and whether the client gave the request its id."""
     headers = dict(reversed(scope["headers"]))  # of several the first counts
+    raw = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
+    return begin(scope["method"], raw.decode("ascii", "backslashreplace"), scope["client"][0] if scope.get("client") else None, headers)
+
+
+def begin(method: str, path: str, client: str | None, headers: Mapping[bytes, bytes]) -> tuple[Record, bool]:
+    """A record of a request, and whether its client gave it its id."""
     given = headers.get(_ID_HEADER, b"").decode("latin-1")
     sane = _SANE_ID.fullmatch(given) is not None
-    raw = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
     record = Record(
-        method=scope["method"],
-        path=raw.decode("ascii", "backslashreplace"),
-        client=scope["client"][0] if scope.get("client") else None,
+        method=method,
+        path=path,
+        client=client,
         request_id=given if sane else f"req-{uuid.uuid4().hex}",
         traceparent=headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else None,
         tracestate=headers[b"tracestate"].decode("latin-1") if b"tracestate" in headers else None,
@@ -108,9 +118,11 @@ def _begin(scope: Scope) -> tuple[Record, bool]:
 
 
 def _identified(record: Record, given: bool, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The answer's headers with the request's id: the client's own, else the answer's, else ours."""
+    """The answer's headers with the request's id: the client's own, else the answer's, else ours. Anthropic's clients know it as request-id."""
+    known = any(name.lower() == b"request-id" for name, _ in headers)
     own = next((value for name, value in headers if name.lower() == _ID_HEADER), None)
     if own is not None and not given:
         record.request_id = own.decode("latin-1")
-        return headers
-    return [*(pair for pair in headers if pair[0].lower() != _ID_HEADER), (_ID_HEADER, record.request_id.encode("latin-1"))]
+    id = record.request_id.encode("latin-1")
+    kept = [pair for pair in headers if pair[0].lower() != _ID_HEADER]
+    return [*kept, (_ID_HEADER, id)] if known else [*kept, (_ID_HEADER, id), (b"request-id", id)]

@@ -19,6 +19,7 @@ from miniinfer.config import ServerConfig
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve import grpc as served
 from miniinfer.serve.fleet import Fleet
+from miniinfer.serve.record import Record
 from miniinfer.serve.service import Service
 
 API = served.Api()
@@ -34,8 +35,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class Client:
     """The methods over one channel, and what is behind them."""
 
-    def __init__(self, channel: grpc.aio.Channel, service: Service) -> None:
-        self.service, self.engine = service, service.engine
+    def __init__(self, channel: grpc.aio.Channel, service: Service, fleet: Fleet) -> None:
+        self.service, self.engine, self.fleet = service, service.engine, fleet
         self.generate = self._method(channel.unary_stream, served.SERVICE, "Generate", f"{V1}GenerateResponse")
         self.embed = self._method(channel.unary_unary, served.SERVICE, "Embed", f"{V1}EmbedResponse")
         self.info = self._method(channel.unary_unary, served.SERVICE, "ModelInfo", f"{V1}ModelInfoResponse")
@@ -59,9 +60,10 @@ def serve(tokenizer: Tokenizer, test: Callable[[Client], Coroutine[Any, Any, Non
     @asynccontextmanager
     async def client() -> AsyncGenerator[Client]:
         service = Service(FakeEngine(tokenizer), ServerConfig(**options), "tiny", {})  # type: ignore[arg-type]
-        server, port = await served.start(Fleet.of(service), "127.0.0.1", 0)
+        fleet = Fleet.of(service)
+        server, port = await served.start(fleet, "127.0.0.1", 0)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Client(channel, service)
+            yield Client(channel, service, fleet)
         await server.stop(None)
         assert service.unfinished == 0 and not service.engine.open  # type: ignore[attr-defined]
 
@@ -142,6 +144,29 @@ def test_keys(tokenizer: Tokenizer) -> None:
         assert (await client.check(API.message(f"{HEALTH}HealthCheckRequest")())).status == 1, "health asks for no key"
 
     serve(tokenizer, test, api_key=[KEY])
+
+
+def test_calls_are_recorded(tokenizer: Tokenizer) -> None:
+    seen: list[Record] = []
+
+    async def test(client: Client) -> None:
+        client.fleet.sinks[:] = [seen.append]
+        await client.run(request(sampling={"max_tokens": 3}), metadata=(("x-request-id", "mine"),))
+        await client.embed(API.message(f"{V1}EmbedRequest")(text="hello"))
+        await code_of(client.run(request(sampling={"max_tokens": 0})))
+        call = client.generate(request())
+        client.service.engine.delay = 0.05  # type: ignore[attr-defined]
+        await anext(aiter(call))
+        call.cancel()
+        while len(seen) < 4:
+            await asyncio.sleep(0.01)
+
+    serve(tokenizer, test)
+    assert [(r.method, r.path, r.status) for r in seen] == [
+        ("gRPC", "/miniinfer.v1.MiniInfer/Generate", 200), ("gRPC", "/miniinfer.v1.MiniInfer/Embed", 200),
+        ("gRPC", "/miniinfer.v1.MiniInfer/Generate", 400), ("gRPC", "/miniinfer.v1.MiniInfer/Generate", 499),
+    ]  # fmt: skip
+    assert seen[0].request_id == "mine" and seen[0].client == "127.0.0.1" and seen[0].output_tokens == 3 and seen[0].finish_reasons == ["length"]
 
 
 def test_admission(tokenizer: Tokenizer) -> None:
