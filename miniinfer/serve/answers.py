@@ -215,7 +215,7 @@ class ChatAnswer(Answer):
         parts = parser.push(delta.text) if delta.text else []
         if delta.finish_reason is not None:
             parts += parser.finish()
-            if parser.num_calls and delta.finish_reason == "stop":
+            if parser.called and delta.finish_reason == "stop":
                 delta.finish_reason = "tool_calls"
         return parts if self.request.include_reasoning else [part for part in parts if not isinstance(part, Reasoning)]
 

@@ -70,7 +70,8 @@ REPLIES: list[tuple[str, dict[str, Any], str]] = [
     (THOUGHT + "Yes.", {"content": "Yes.", "reasoning": "Hmm, what now?"}, "stop"),
     (THOUGHT + "So: " + CALL, {"content": "So:", "reasoning": "Hmm, what now?", "tool_calls": [("add", '{"a": 1}')]}, "tool_calls"),
     (CALL + "\n" + CALL, {"content": "", "tool_calls": [("add", '{"a": 1}')] * 2}, "tool_calls"),
-    (THOUGHT + CALL[:-20], {"content": CALL[:-20], "reasoning": "Hmm, what now?"}, "stop"),
+    (THOUGHT + CALL[:-22], {"content": CALL[:-22], "reasoning": "Hmm, what now?"}, "stop"),
+    (CALL + CALL[:-17], {"content": "", "tool_calls": [("add", '{"a": 1}'), ("add", '{"a":')]}, "stop"),
     (THOUGHT[:-11], {"content": "", "reasoning": "Hmm, what now?"}, "stop"),
 ]
 

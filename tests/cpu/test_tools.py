@@ -1,4 +1,4 @@
-"""Tool call and reasoning parsers: every format's own spelling, and that text in pieces gives what it gives whole, calls or not."""
+"""Tool call and reasoning parsers: every format's own spelling, that text in pieces gives what it gives whole, calls or not, and gives it early."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import from_json
 
 from miniinfer.config import ConfigError
 from miniinfer.serve.parsers import CallArguments, CallStart, Content, Delta, Formats, OutputParser, Reasoning, choose
@@ -69,9 +70,15 @@ def check(text: str, **how: Any) -> Parsed:
     expected = whole(parser(**how), text)
     for size in (1, 2, 3, 7):
         assert in_pieces(parser(**how), text, list(range(size, len(text), size))) == expected
-    for _, arguments in expected[2]:
-        assert isinstance(json.loads(arguments), dict)
+    check_arguments(expected)
     return expected
+
+
+def check_arguments(parsed: Parsed) -> None:
+    """They are JSON objects, or the beginning of one."""
+    for _, arguments in parsed[2]:
+        assert not arguments or isinstance(from_json(arguments, allow_partial=True), dict)
+        arguments.encode()
 
 
 # ------------------------------------------------------------------------------------------------- real-looking answers
@@ -97,8 +104,11 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
     ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": {J(J(PARIS))}}}</tool_call>', "", A),
     ("hermes", '<tool_call>{"name": "write", "arguments": {"text": "a\nb"}}</tool_call>', "", [("write", {"text": "a\nb"})]),
     ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": {J(PARIS)}}}\n</tool_', "", A),
-    ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": {J(PARIS)}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>',
-     f'<tool_call>{{"name": "get_weather", "arguments": {J(PARIS)}</tool_call>', [("now", {})]),
+    ("hermes", f'<tool_call>{{"name": "get_weather", "arguments": {J(TWO_DAYS)}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>', "", AB),
+    ("hermes", f'<tool_call>{{"type": "function", "name": "write", "id": 7, "arguments": {J(NESTED)}, "more": [{{}}]}}</tool_call>', "", N),
+    ("hermes", f'<tool_call>{{"name": "other", "arguments": {J(NESTED)}}}</tool_call>', "", [("other", NESTED)]),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": "\\ud83d\\ude00 \\ud83d \\udE00x \\d+\t"}}</tool_call>', "",
+     [("write", {"text": "😀 \ufffd \ufffdx \\d+\t"})]),
     ("hermes", "a <tool_call> is a tag. b", "a <tool_call> is a tag. b", []),
     ("qwen3_coder", "I'll check.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
      "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>", "I'll check.", AB),
@@ -106,6 +116,8 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
      f"<parameter=options>\n{J(NESTED['options'])}\n</parameter>\n<parameter=force>\nFalse\n</parameter>\n</function>", "", N),
     ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\n12\n</parameter>\n<parameter=unit>\nnull\n</parameter>\n</function>",
      "", [("get_weather", {"city": "12", "unit": None})]),
+    ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nSt.\n\nJohn's\n\n<parameter=days>\n2\n</function>\n</tool_call>",
+     "", [("get_weather", {"city": "St.\n\nJohn's\n", "days": 2})]),
     ("llama3", f'{{"name": "get_weather", "parameters": {J(PARIS)}}}', "", A),
     ("llama3", f'<|python_tag|>{{"name": "get_weather", "parameters": {J(TWO_DAYS)}}}; {{"name": "now", "parameters": {{}}}}', "", AB),
     ("llama3", '<|python_tag|>brave_search.call(query="weather in \\"Paris\\"")', "", [("brave_search", {"query": 'weather in "Paris"'})]),
@@ -115,6 +127,7 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
      "options={'deep': [1, {'y': None}], 'e': []}, force=False)]", "", N),
     ("llama3", "<|python_start|>[get_weather(city='Paris')]<|python_end|>", "", A),
     ("llama3", "[1, 2] are numbers", "[1, 2] are numbers", []),
+    ("llama3", "[get_weather(city='Paris', days=2,), now()] and on", " and on", AB),
     ("llama3", '{"name": "Ann", "age": 3}', '{"name": "Ann", "age": 3}', []),
     ("mistral", f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {J(TWO_DAYS)}}}, {{"name": "now", "arguments": {{}}}}]', "", AB),
     ("mistral", f"[TOOL_CALLS]get_weather[ARGS]{J(TWO_DAYS)}[TOOL_CALLS]now[ARGS]{{}}", "", AB),
@@ -154,12 +167,49 @@ def test_an_answer_is_split_whole_and_in_pieces(name: str, text: str, content: s
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), [g for g in GOOD if g[3]], ids=lambda v: v[:40] if isinstance(v, str) else "")
 def test_a_truncated_answer_loses_nothing(name: str, text: str, content: str, calls: list[Any]) -> None:
-    """Cut off anywhere, as by max_tokens: calls that were complete are calls, whatever else is readable in the text is content."""
+    """Cut off anywhere, as by max_tokens: the last call may be the beginning of one, and says so; without calls, all of the text is content."""
+    full = whole(parser(name), text)[2]
     for end in range(len(text)):
-        _, got, found = check(text[:end], tools=name) if end % 7 == 0 else whole(parser(name), text[:end])
-        assert [(n, json.loads(a)) for n, a in found] == calls[: len(found)]
+        p = parser(name)
+        _, got, found = check(text[:end], tools=name) if end % 7 == 0 else whole(p, text[:end])
+        assert found[:-1] == full[: len(found[:-1])]
+        for (function, arguments), (expected, complete) in zip(found[-1:], full[len(found) - 1 :], strict=False):
+            assert function == expected and complete.startswith(arguments)
+            assert end % 7 == 0 or p.called == (arguments == complete)
         if not found and "harmony" not in name:
             assert got == text[:end]
+
+
+BROKEN: list[tuple[str, str, str, str]] = [  # format, text, arguments, content
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": "a", }}</tool_call>', '{"text": "a", ', "}}</tool_call>"),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": "say "hi""}}</tool_call>', '{"text": "say "', 'hi""}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": *}}</tool_call>', '{"text": ', "*}}</tool_call>"),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": 1e999}}', '{"text": ', "1e999}}"),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": [1}', '{"text": [1', "}"),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"text": "cut \\ud83d', '{"text": "cut ', ""),
+    ("hermes", '<tool_call>{"name": "write", "arguments": {"force": fal', '{"force": fal', ""),
+    ("qwen3_coder", "<function=write>\n<parameter=path>\na b\n</parameter>\n</tool_call>", '{"path": "a b"', "</tool_call>"),
+    ("qwen3_coder", "<function=write>\n<parameter=text>\na\n</para", '{"text": "a', ""),
+    ("glm45", "<tool_call>write<arg_key>path</arg_key><arg_value>a</arg_value><arg_key>force</arg_key><arg_value>tr",
+     '{"path": "a"', "<arg_key>force</arg_key><arg_value>tr"),
+    ("llama3", "[write(path='a', text=open('x'))]", '{"path": "a"', " text=open('x'))]"),
+    ("llama3", "[write(path=" + "[" * 3000 + "]" * 3000 + ")]", "", "path=" + "[" * 3000 + "]" * 3000 + ")]"),
+    ("llama3", "[write(path='a', text='b", '{"path": "a"', " text='b"),
+    ("llama3", "[write(path='a'), 7]", '{"path": "a"}', ", 7]"),
+    ("mistral", '[TOOL_CALLS] [{"name": "write", "arguments": {}}, 7]', "{}", ", 7]"),
+    ("harmony", HARMONY.format("write", '{"path": "a" "b"}'), '{"path": "a" ', '"b"}'),
+    ("harmony", HARMONY.format("write", '{"path": "a"} so'), '{"path": "a"}', "so"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "arguments", "content"), BROKEN)
+def test_arguments_that_break_off_end_as_they_are(name: str, text: str, arguments: str, content: str) -> None:
+    """A client was told of the call; what follows the break is content."""
+    for cuts in ([], list(range(len(text)))):
+        p = parser(name)
+        _, got, found = in_pieces(p, text, cuts)
+        assert (got.strip(), found) == (content.strip(), [("write", arguments)])
+        assert p.called == arguments.endswith("}")
 
 
 @pytest.mark.parametrize(
@@ -186,20 +236,18 @@ def test_what_is_no_call_is_content(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1\n</function>\n</tool_call>"),
+        ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</tool_call>"),
         ("qwen3_coder", "<tool_call>\n<function=a b>\n</function>\n</tool_call>"),
         ("glm45", "<tool_call>{}</tool_call>"),
         ("glm45", "<tool_call>f\n<arg_key>a</arg_key>\n</tool_call>"),
         ("mistral", "[TOOL_CALLS] []"),
-        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}, 7]'),
         ("mistral", "[TOOL_CALLS]f[ARGS]{'a': 1}"),
         ("deepseek_v3", DS.format(V3.format("f", "{'a': 1}"))),
         ("deepseek_v31", DS.format(V31.format("f g", "{}"))),
         ("kimi_k2", "<|tool_calls_section_begin|>" + KIMI.format("f", 0, "[]") + "<|tool_calls_section_end|>"),
         ("llama3", "[now(1)]"),
         ("llama3", "[now(a=open('x'))]"),
-        ("llama3", "[now(a=1), other()]"),
-        ("llama3", "[now(a=" + "[" * 3000 + "]" * 3000 + ")]"),
+        ("llama3", "[other(a=1), now()]"),
         ("harmony", HARMONY.format("f", "{oops").removesuffix("<|call|>")),
         ("harmony", "<|channel|>a b c<|message|>x"),
         ("json", '{"name": "other", "arguments": {}}'),
@@ -214,6 +262,35 @@ def test_a_long_call_is_not_read_again_with_every_piece() -> None:
     text = '<tool_call>{"name": "write", "arguments": {"text": "' + "word } " * 30_000 + '"}}</tool_call>'
     _, content, calls = in_pieces(parser("hermes"), text, list(range(0, len(text), 4)))
     assert content == "" and calls[0][0] == "write" and len(calls[0][1]) > 200_000
+
+
+LONG = {
+    "path": "/tmp/x",
+    "text": 'All work and no play; \u2603 \\ "\n' * 200,
+    "options": {"n": list(range(100)), "k": [["abc"] * 9] * 9},
+    "force": True,
+}
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_a_call_is_seen_while_it_is_written(name: str) -> None:
+    """Its name when its arguments begin. Of those no more is held back than may still turn out to be an escape, a word or a tag; where values are not
+    written as JSON, one value that is no text; of Python's literals, any value."""
+    whole_value = {"json": 0, "qwen_xml": len(J(LONG["options"])), "glm_xml": len(J(LONG["options"])), "python": len(repr(LONG["text"]))}
+    calls = [("write", LONG), ("get_weather", TWO_DAYS)]
+    text, p, started = written(name, calls), parser(name), 0
+    seen: list[Delta] = []
+    times = []
+    for at, character in enumerate(text):
+        deltas = p.push(character)
+        seen += deltas
+        started += sum(isinstance(delta, CallStart) for delta in deltas)
+        if deltas and started == 1:
+            times.append(at)
+    assert times[0] - text.index("write") <= 60
+    assert max(after - before for before, after in zip(times, times[1:], strict=False)) <= whole_value[TOOL_FORMATS[name].arguments] + 60
+    _, content, found = total(seen + p.finish())
+    assert content == "" and [(n, json.loads(a)) for n, a in found] == calls and p.called
 
 
 def test_only_the_first_call_without_parallel() -> None:
@@ -289,9 +366,7 @@ def test_any_split_of_any_text_gives_the_same(name: str, data: st.DataObject) ->
     how = {"tools": name, "reasoning": reasoning, "prompt": data.draw(st.sampled_from(["", "<think>\n"]))}
     expected = whole(parser(**how), text)
     assert in_pieces(parser(**how), text, cuts) == expected
-    for _, arguments in expected[2]:
-        assert isinstance(json.loads(arguments), dict)
-        arguments.encode()
+    check_arguments(expected)
 
 
 VALUES = st.recursive(

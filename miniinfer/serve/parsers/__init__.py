@@ -33,11 +33,11 @@ class Formats:
 
     def parser(self, prompt: str, tools: Sequence[dict[str, Any]] | None, parallel: bool = True) -> OutputParser | None:
         """A parser for one answer to a rendered prompt; None where all text is content. `tools` in OpenAI's form."""
-        format = self.tools if tools else None
+        format, schemas = self.tools if tools else None, _schemas(tools or ())
         harmony = "harmony" in (self.reasoning.name if self.reasoning else "", format.name if format else "")
         if harmony:
-            return HarmonyParser(Calls("harmony", parallel) if format else None, self.reasoning is not None)
-        calls = ToolParser(format, _schemas(tools or ()), parallel) if format else None
+            return HarmonyParser(Calls("harmony", parallel) if format else None, schemas, self.reasoning is not None)
+        calls = ToolParser(format, schemas, parallel) if format else None
         if self.reasoning is None:
             return calls
         return _Chain(ReasoningParser(self.reasoning, self.reasoning.opened_by(prompt)), calls)
@@ -59,8 +59,8 @@ class _Chain:
         self._reasoning, self._calls = reasoning, calls
 
     @property
-    def num_calls(self) -> int:
-        return self._calls.num_calls if self._calls else 0
+    def called(self) -> bool:
+        return self._calls is not None and self._calls.called
 
     def push(self, text: str) -> list[Delta]:
         return self._both(*self._reasoning.push(text))

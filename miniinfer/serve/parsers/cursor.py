@@ -11,10 +11,10 @@ from typing import Any
 
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _JSON_PART = re.compile(_STRING + r"|[\s,:\-+.0-9eEtrufalsn]+|[{\[]|[}\]]", re.S)
-_PYTHON_PART = re.compile(_STRING + r"|'[^'\\]*+(?:\\.[^'\\]*+)*+'|[({\[]|[)}\]]|[^\"'(){}\[\]<]+", re.S)
+_PYTHON_PART = re.compile(_STRING + r"|'[^'\\]*+(?:\\.[^'\\]*+)*+'|[({\[]|[)}\],]|[^\"'(){}\[\]<,]+", re.S)
 _SPACE = re.compile(r"\s*")
-_DEEPEST = 100  # brackets within brackets; deeper ones are no call that anybody makes, and would cost time
-_CLOSING = {"}": "{", "]": "[", ")": "("}
+DEEPEST = 100  # brackets within brackets; deeper ones are no call that anybody makes, and would cost time
+CLOSING = {"}": "{", "]": "[", ")": "("}
 
 
 class More(Exception):  # noqa: N818 -- not an error
@@ -31,6 +31,10 @@ class Cursor:
     def __init__(self, text: str, at: int, whole: bool) -> None:
         self.text, self.at, self.whole = text, at, whole
 
+    def copy(self) -> Cursor:
+        """The same place, to look ahead from."""
+        return Cursor(self.text, self.at, self.whole)
+
     def optional(self, literal: str) -> bool:
         """Steps over the literal if it is here."""
         if self.text.startswith(literal, self.at):
@@ -45,11 +49,11 @@ class Cursor:
             raise No
 
     def close(self, literal: str) -> None:
-        """A closing tag; models that end with it may leave it out, whole or in part."""
+        """Steps over a closing tag if it is here, or as much of it as there is at the end of a whole text. Nothing depends on it."""
         if self.whole and literal.startswith(self.text[self.at :]):
             self.at = len(self.text)
         else:
-            self.literal(literal)
+            self.optional(literal)
 
     def space(self) -> None:
         found = _SPACE.match(self.text, self.at)
@@ -76,43 +80,56 @@ class Cursor:
         self.at = found.end()
         return found[0]
 
-    def until(self, literal: str) -> str:
-        """The text before a literal, which is stepped over."""
-        end = self.text.find(literal, self.at)
+    def until(self, literal: str, longest: int) -> str:
+        """The text before a literal, which is stepped over; both together are not longer than so many characters."""
+        end = self.text.find(literal, self.at, self.at + longest)
         if end < 0:
+            if len(self.text) - self.at >= longest:
+                raise No
             raise More
         start, self.at = self.at, end + len(literal)
         return self.text[start:end]
 
-    def json(self, opening: str = "{") -> str:
-        """The text of a JSON object (or array, by its `opening`), its brackets and strings balanced; what is in it may still be wrong."""
-        return self._balanced(_JSON_PART, opening)
-
-    def python(self, opening: str) -> str:
-        """The same for brackets and strings of Python."""
-        return self._balanced(_PYTHON_PART, opening)
-
-    def _balanced(self, parts: re.Pattern[str], opening: str) -> str:
-        start, at, open_ = self.at, self.at, []
-        if self.peek() != opening:
+    def json(self) -> str:
+        """The text of a JSON object, its brackets and strings balanced; what is in it may still be wrong."""
+        if self.peek() != "{":
             raise No
+        start, open_ = self.at, []
         while True:
-            part = parts.match(self.text, at)
-            if part is None:
-                if at == len(self.text) or self.text[at] in ('"' if parts is _JSON_PART else "\"'"):  # at a string without an end
-                    raise More
-                raise No
-            at, first = part.end(), part[0][0]
-            if first in "{[(":
-                open_.append(first)
-                if len(open_) > _DEEPEST:
+            part = self._part(_JSON_PART, '"')
+            if part[0] in "{[":
+                open_.append(part)
+                if len(open_) > DEEPEST:
                     raise No
-            elif first in _CLOSING:
-                if open_.pop() != _CLOSING[first]:
+            elif part in CLOSING:
+                if open_.pop() != CLOSING[part]:
                     raise No
                 if not open_:
-                    self.at = at
-                    return self.text[start:at]
+                    return self.text[start : self.at]
+
+    def python(self) -> str:
+        """The text of a Python expression up to the comma or bracket that ends it; only its brackets and strings are looked at."""
+        start, open_ = self.at, []
+        while True:
+            at, part = self.at, self._part(_PYTHON_PART, "\"'")
+            if part[0] in "({[":
+                open_.append(part)
+                if len(open_) > DEEPEST:
+                    raise No
+            elif not open_ and part in ",)}]":
+                self.at = at
+                return self.text[start:at]
+            elif part in CLOSING and open_.pop() != CLOSING[part]:
+                raise No
+
+    def _part(self, parts: re.Pattern[str], quotes: str) -> str:
+        part = parts.match(self.text, self.at)
+        if part is None:
+            if self.at == len(self.text) or self.text[self.at] in quotes:  # at a string without an end
+                raise More
+            raise No
+        self.at = part.end()
+        return part[0]
 
 
 def load_json(text: str) -> Any:
@@ -132,21 +149,6 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(text)
     return value
-
-
-def object_text(text: str) -> str | None:
-    """The JSON text of an object as it was written, or mended where only `load_json` takes it; None if it is no object."""
-    try:
-        value = load_json(text)
-        if not isinstance(value, dict):
-            return None
-        try:
-            json.loads(text)
-            return text.strip()
-        except ValueError:
-            return dump_json(value)
-    except (ValueError, RecursionError):
-        return None
 
 
 def dump_json(value: Any) -> str:

@@ -27,7 +27,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of a call's arguments, which are the JSON text of an object."""
+    """More of a call's arguments. They are the JSON text of an object, or the beginning of one if the call is cut off."""
 
     index: int
     text: str
@@ -40,8 +40,8 @@ class OutputParser(Protocol):
     """One answer's text in, its parts out. However the text is cut into pieces, the deltas add up to the same."""
 
     @property
-    def num_calls(self) -> int:
-        """Calls reported so far."""
+    def called(self) -> bool:
+        """Are there calls, and all of them whole."""
 
     def push(self, text: str) -> list[Delta]:
         """What is certain now."""

@@ -1,15 +1,17 @@
 """gpt-oss's harmony format: an answer is messages on channels. analysis is reasoning, final is content, and what is sent to a function is a call.
 
 Owns the whole answer, since channels carry both reasoning and calls. Text outside of messages is content, as is a call without valid arguments.
+What is certain of a call goes out while it is written, as in tools.py.
 """
 
 from __future__ import annotations
 
 import re
 
-from miniinfer.serve.parsers.cursor import object_text
+from miniinfer.serve.parsers.arguments import JsonArguments, json_object
+from miniinfer.serve.parsers.cursor import Cursor, More, No
 from miniinfer.serve.parsers.deltas import Content, Delta, Reasoning, held_back
-from miniinfer.serve.parsers.readers import Call
+from miniinfer.serve.parsers.readers import Schemas
 from miniinfer.serve.parsers.tools import Calls
 
 _BEGINS, _MESSAGE, _ENDS = ("<|start|>", "<|channel|>"), "<|message|>", ("<|end|>", "<|call|>", "<|return|>")
@@ -23,17 +25,18 @@ _LONGEST_HEAD = 256  # characters
 class HarmonyParser:
     """`calls` None: no tools were offered, what is sent to a function is content. `split_reasoning` False: analysis is content, tags and all."""
 
-    def __init__(self, calls: Calls | None, split_reasoning: bool) -> None:
-        self._calls, self._split_reasoning = calls, split_reasoning
+    def __init__(self, calls: Calls | None, schemas: Schemas, split_reasoning: bool) -> None:
+        self._calls, self._schemas, self._split_reasoning = calls, schemas, split_reasoning
         self._held = ""
         self._kind: type[Content] | type[Reasoning] | None = Content  # of the text that is being read; None: that of a call
+        self._arguments: JsonArguments | None = None  # of a call that has been reported
         self._head, self._to = "", ""  # of the message that is being read
         self._said: set[type] = set()  # kinds that have text; a further message of one begins on a line of its own
         self._gap = ""
 
     @property
-    def num_calls(self) -> int:
-        return self._calls.count if self._calls else 0
+    def called(self) -> bool:
+        return self._calls is not None and self._calls.called
 
     def push(self, text: str) -> list[Delta]:
         self._held += text
@@ -59,19 +62,54 @@ class HarmonyParser:
                 return deltas
 
     def _body(self, length: int, tag: str, whole: bool, deltas: list[Delta]) -> bool:
-        """The message's text up to a tag, or as much of it as there is. False: it waits for more, as calls do for their end."""
-        if self._kind is None and not (tag or whole):
-            return False
+        """The message's text up to a tag, or as much of it as there is. False: it waits for more."""
         text, self._held = self._held[:length], self._held[length:]
-        if self._kind is not None:
-            self._say(self._kind, text, deltas)
-            return True
-        arguments = object_text(text or ("{}" if tag else ""))  # without the end of the message, arguments may be missing
-        if arguments is None or self._calls is None:
-            self._say(Content, self._head + text, deltas)
-        else:
-            deltas += self._calls.report([Call(self._to, arguments)])
-        self._kind = Content
+        if self._kind is None:
+            assert self._calls is not None
+            text = self._call(self._calls, text, tag, bool(tag) or whole, deltas)
+        if self._kind is None:
+            self._held = text + self._held
+            return False
+        self._say(self._kind, text, deltas)
+        return True
+
+    def _call(self, calls: Calls, text: str, tag: str, last: bool, deltas: list[Delta]) -> str:
+        """Reads a call's message. What is left of its text has to wait, or is content if `_kind` says so."""
+        cursor = Cursor(text, 0, last)
+        if self._arguments is None:
+            begins = self._begins(cursor)
+            if begins is None and not last:
+                return text
+            if not begins:
+                arguments = json_object(text.strip() or ("{}" if tag else "")) if last else None  # without the message's end, they may be missing
+                self._kind = Content
+                if arguments is None:
+                    return self._head + text
+                deltas += [*calls.begin(self._to), *calls.write(arguments)]
+                calls.end()
+                return ""
+            self._arguments = JsonArguments()
+            deltas += calls.begin(self._to)
+        if not self._arguments.ended:
+            deltas += calls.write(self._arguments.read(cursor))
+            if self._arguments.ended:
+                calls.end()
+        text = text[cursor.at :]
+        if self._arguments.ended:
+            text = text.lstrip()
+        if last or self._arguments.broken or (self._arguments.ended and text):
+            self._arguments, self._kind = None, Content
+        return text
+
+    def _begins(self, cursor: Cursor) -> bool | None:
+        """Do arguments certainly begin here, of a function that was offered? None: not yet."""
+        if self._to not in self._schemas:
+            return None
+        try:
+            cursor.space()
+            JsonArguments().check(cursor.copy())
+        except (More, No) as e:
+            return None if isinstance(e, More) else False
         return True
 
     def _begin(self, tag: str, whole: bool, deltas: list[Delta]) -> bool:
@@ -88,10 +126,10 @@ class HarmonyParser:
         to = (head["to"] or head["to_role"] or "").strip().removeprefix("to=")
         self._to = to.removeprefix("functions.")
         self._kind = None if to else Reasoning if head["channel"] == "analysis" else Content
-        if self._kind is Reasoning and not self._split_reasoning:
+        self._gap = "\n"
+        if (self._kind is Reasoning and not self._split_reasoning) or (self._kind is None and self._calls is None):
             self._kind = Content
             self._say(Content, self._head, deltas)
-        self._gap = "\n"
         return True
 
     def _say(self, kind: type[Content] | type[Reasoning], text: str, deltas: list[Delta]) -> None:

@@ -1,12 +1,11 @@
-"""One reader per way of writing tool calls: from a place in the text where one may begin to the calls there and where they end.
+"""One reader per way of writing tool calls: from a place in the text where one may begin to where its arguments do.
 
-Owns the syntaxes of formats.py other than harmony's. A reader raises `No` or `More` (cursor.py); the search for places, what is held back and
-what is content are tools.py's.
+Owns the syntaxes of formats.py other than harmony's, but for arguments, which arguments.py reads. A reader raises `No` or `More` (cursor.py); the
+search for places, what is held back and what is content are tools.py's.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from miniinfer.serve.parsers.cursor import Cursor, More, No, dump_json, load_json, object_text
+from miniinfer.serve.parsers.arguments import Arguments, JsonArguments, PythonArguments, TaggedArguments, WholeArguments, json_object
+from miniinfer.serve.parsers.cursor import Cursor, More, No, dump_json, load_json
 
 _NAME = re.compile(r"[\w.\-]+")
 _LONGEST_HEAD = 256  # characters of a name and what belongs to it
@@ -22,13 +22,16 @@ _LONGEST_HEAD = 256  # characters of a name and what belongs to it
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call as read; `arguments` is the JSON text of an object, `id` what the model wrote itself."""
+    """A call, read up to its arguments. `after` reads what closes it, as far as that is there, and in a list goes on to the next one; it may need
+    more text, but never fails. `id` is what the model wrote itself."""
 
     name: str
-    arguments: str
+    arguments: Arguments
+    after: After
     id: str | None = None
 
 
+After = Callable[[Cursor], Call | None]
 Schemas = Mapping[str, Mapping[str, Any]]  # JSON schemas of the arguments, by function
 
 
@@ -37,10 +40,119 @@ class Reader:
     """`tags`: where a call may begin. `closers`: tags after calls that mean nothing more. `bare`: calls may also begin without a tag, at the
     start of the answer or after another call, with one of these characters; then only functions that were offered count."""
 
-    read: Callable[[Cursor, Schemas], list[Call]]
+    read: Callable[[Cursor, Schemas], Call]
     tags: tuple[str, ...]
     closers: tuple[str, ...] = ()
     bare: str = ""
+
+
+def _call(cursor: Cursor, schemas: Schemas, name: str, arguments: Arguments, after: After, id: str | None = None) -> Call:
+    """The call whose arguments begin here. If its function was not offered, they have to be whole."""
+    if not _NAME.fullmatch(name):
+        raise No
+    arguments.check(cursor.copy())
+    if name in schemas:
+        return Call(name, arguments, after, id)
+    text = arguments.read(cursor)
+    if not arguments.ended:
+        raise No if arguments.broken else More
+    return Call(name, WholeArguments(text), after, id)
+
+
+def _closing(*tags: str) -> After:
+    """Steps over tags that close a call, and over white space."""
+
+    def after(cursor: Cursor) -> None:
+        for tag in tags:
+            cursor.space()
+            cursor.close(tag)
+
+    return after
+
+
+def _list(cursor: Cursor, element: Callable[[Cursor, After], Call], end: After) -> Call:
+    """The first call of a list; each goes on to the next."""
+
+    def after(cursor: Cursor) -> Call | None:
+        start = cursor.at
+        cursor.space()
+        if not cursor.optional(","):
+            cursor.close("]")
+            return end(cursor)
+        cursor.space()
+        try:
+            return element(cursor, after)
+        except (More, No) as e:
+            if isinstance(e, More) and not cursor.whole:
+                raise
+            cursor.at = start
+            return None
+
+    cursor.literal("[")
+    cursor.space()
+    return element(cursor, after)
+
+
+# ------------------------------------------------------------------------------------------------ calls as JSON objects
+
+
+def _json_call(cursor: Cursor, schemas: Schemas, after: After) -> Call:
+    """`{"name": NAME, "arguments": {...}}`, also with other words and in another order. Read as it comes if the name comes first and was offered."""
+
+    def behind(cursor: Cursor) -> Call | None:
+        _object_end(cursor)
+        return after(cursor)
+
+    start = cursor.at
+    try:
+        name = _json_head(cursor)
+        JsonArguments().check(cursor.copy())
+        if name in schemas:
+            return Call(name, JsonArguments(), behind)
+    except No:
+        pass
+    cursor.at = start
+    name, arguments = _whole_call(cursor.json())
+    return Call(name, WholeArguments(arguments), after)
+
+
+def _json_head(cursor: Cursor) -> str:
+    """The name of a call whose arguments come next."""
+    name = None
+    cursor.literal("{")
+    while True:
+        cursor.space()
+        key = _json_word(cursor)
+        cursor.space()
+        cursor.literal(":")
+        cursor.space()
+        if key in ("arguments", "parameters") and name is not None:
+            return name
+        if key in ("arguments", "parameters", "function"):
+            raise No
+        word = _json_word(cursor) if cursor.peek() == '"' else cursor.match(_NAME)
+        if key == "name":
+            name = word
+        cursor.space()
+        cursor.literal(",")
+
+
+def _json_word(cursor: Cursor) -> str:
+    cursor.literal('"')
+    word = cursor.until('"', _LONGEST_HEAD)
+    if "\\" in word:
+        raise No
+    return word
+
+
+def _object_end(cursor: Cursor) -> None:
+    """What comes after a call's arguments in its object; nothing if that does not end as it should."""
+    start, rest = cursor.at, JsonArguments(within=True)
+    rest.read(cursor)
+    if rest.broken:
+        cursor.at = start
+    elif not rest.ended and not cursor.whole:
+        raise More
 
 
 class _Written(msgspec.Struct):
@@ -49,242 +161,156 @@ class _Written(msgspec.Struct):
     parameters: msgspec.Raw = msgspec.Raw(b"")
 
 
-def call_of(text: str) -> Call:
-    """A call from its JSON, arguments as they were written where that is valid."""
+def _whole_call(text: str) -> tuple[str, str]:
+    """Name and arguments from a call's JSON, arguments as they were written where that is valid."""
     try:
         written = msgspec.json.decode(text, type=_Written)
-        arguments = object_text((bytes(written.arguments) or bytes(written.parameters) or b"{}").decode())
+        arguments = json_object((bytes(written.arguments) or bytes(written.parameters) or b"{}").decode())
         if arguments is not None and _NAME.fullmatch(written.name):
-            return Call(written.name, arguments)
+            return written.name, arguments
     except (ValueError, RecursionError):  # also a wrong type
-        return _call_of(_loaded(text))
-    return _call_of(_loaded(text))
+        pass
+    try:
+        return _call_of(load_json(text))
+    except ValueError:
+        raise No from None
 
 
-def _call_of(value: Any) -> Call:
-    """A call from a JSON value: a name, and `arguments` or `parameters`, an object or its JSON text; perhaps within OpenAI's wrapping."""
+def _call_of(value: Any) -> tuple[str, str]:
+    """From a JSON value: a name, and `arguments` or `parameters`, an object or its JSON text; perhaps within OpenAI's wrapping."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not _NAME.fullmatch(value["name"]):
         raise No
     arguments = value.get("arguments", value.get("parameters", {}))
-    text = object_text(arguments if isinstance(arguments, str) else dump_json(arguments))
+    text = json_object(arguments if isinstance(arguments, str) else dump_json(arguments))
     if text is None:
         raise No
-    return Call(value["name"], text)
+    return value["name"], text
 
 
-def _loaded(text: str) -> Any:
-    try:
-        return load_json(text)
-    except ValueError:
-        raise No from None
+# -------------------------------------------------------------------------------------------------------------- formats
 
 
-def _arguments(cursor: Cursor) -> str:
-    text = object_text(cursor.json())
-    if text is None:
-        raise No
-    return text
-
-
-def _head(cursor: Cursor, end: str) -> str:
-    """What stands before a tag, on one line and short."""
-    start = cursor.at
-    try:
-        head = cursor.until(end)
-    except More:
-        if len(cursor.text) - start > _LONGEST_HEAD:
-            raise No from None
-        raise
-    if len(head) > _LONGEST_HEAD - len(end):
-        raise No
-    return head
-
-
-def read_hermes(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_hermes(cursor: Cursor, schemas: Schemas) -> Call:
     cursor.literal("<tool_call>")
     cursor.space()
-    call = call_of(cursor.json())
-    cursor.space()
-    cursor.close("</tool_call>")
-    return [call]
+    return _json_call(cursor, schemas, _closing("</tool_call>"))
 
 
-def read_qwen3_coder(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_qwen3_coder(cursor: Cursor, schemas: Schemas) -> Call:
     """The tag around the function is one that models leave out."""
     tagged = cursor.text.startswith("<tool_call>", cursor.at)
     if tagged:
         cursor.literal("<tool_call>")
         cursor.space()
     cursor.literal("<function=")
-    name = _head(cursor, ">").strip("\"' ")
-    if not _NAME.fullmatch(name):
-        raise No
-    values: dict[str, Any] = {}
-    while True:
-        cursor.space()
-        if not cursor.optional("<parameter="):
-            break
-        key = _head(cursor, ">").strip("\"' ")
-        value = cursor.until("</parameter>").removeprefix("\n").removesuffix("\n")
-        values[key] = _typed(value, schemas.get(name), key)
+    name = cursor.until(">", _LONGEST_HEAD).strip("\"' ")
+    arguments = TaggedArguments(schemas.get(name), _qwen_key, _QWEN_CLOSERS, margin="\n")
+    return _call(cursor, schemas, name, arguments, _closing("</tool_call>") if tagged else _closing())
+
+
+_QWEN_CLOSERS = {"\n</parameter>": 13, "</parameter>": 12, "\n<parameter=": 1, "\n</function>": 1}  # the last two: models forget the first
+
+
+def _qwen_key(cursor: Cursor) -> str | None:
+    cursor.space()
+    if cursor.optional("<parameter="):
+        return cursor.until(">", _LONGEST_HEAD).strip("\"' ")
     cursor.literal("</function>")  # without it, arguments may be missing
-    if tagged:
-        cursor.space()
-        cursor.close("</tool_call>")
-    return [Call(name, dump_json(values))]
+    return None
 
 
-def read_glm45(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_glm45(cursor: Cursor, schemas: Schemas) -> Call:
     cursor.literal("<tool_call>")
     cursor.space()
     name = cursor.match(_NAME)
-    values: dict[str, Any] = {}
-    while True:
-        cursor.space()
-        if not cursor.optional("<arg_key>"):
-            break
-        key = _head(cursor, "</arg_key>").strip()
+    return _call(cursor, schemas, name, TaggedArguments(schemas.get(name), _glm_key, {"</arg_value>": 12}), _closing())
+
+
+def _glm_key(cursor: Cursor) -> str | None:
+    cursor.space()
+    if cursor.optional("<arg_key>"):
+        key = cursor.until("</arg_key>", _LONGEST_HEAD).strip()
         cursor.space()
         cursor.literal("<arg_value>")
-        values[key] = _typed(cursor.until("</arg_value>"), schemas.get(name), key)
+        return key
     cursor.literal("</tool_call>")  # without it, arguments may be missing
-    return [Call(name, dump_json(values))]
+    return None
 
 
-def _typed(text: str, schema: Mapping[str, Any] | None, key: str) -> Any:
-    """A value of the XML forms: text where the schema wants a string, else JSON, else text after all."""
-    properties = (schema or {}).get("properties")
-    types = _types(properties.get(key) if isinstance(properties, dict) else None)
-    if types == {"string"}:
-        return text
-    try:
-        value = load_json(text.strip())
-    except ValueError:
-        words = {"true": True, "false": False, "none": None} if types else {}
-        return words.get(text.strip().lower(), text)
-    return text if "string" in types and not types & _JSON_TYPES.get(type(value), set()) else value
-
-
-_JSON_TYPES = {
-    bool: {"boolean"},
-    int: {"integer", "number"},
-    float: {"number"},
-    list: {"array"},
-    dict: {"object"},
-    type(None): {"null"},
-}
-
-
-def _types(schema: Any) -> set[str]:
-    """The JSON types that a schema names, its alternatives' included."""
-    if not isinstance(schema, dict):
-        return set()
-    named = schema.get("type")
-    types = {named} if isinstance(named, str) else {t for t in named if isinstance(t, str)} if isinstance(named, list) else set()
-    for key in ("anyOf", "oneOf"):
-        for alternative in schema[key] if isinstance(schema.get(key), list) else ():
-            types |= _types(alternative)
-    return types
-
-
-def read_mistral(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_mistral(cursor: Cursor, schemas: Schemas) -> Call:
     """`[TOOL_CALLS]` before a list of calls, or before each name[ARGS]{...}."""
     cursor.literal("[TOOL_CALLS]")
     cursor.space()
     if cursor.peek() == "[":
-        calls = _loaded(cursor.json("["))
-        if not calls:
-            raise No
-        return [_call_of(call) for call in calls]
+        return _list(cursor, lambda cursor, after: _json_call(cursor, schemas, after), _closing())
     if cursor.peek() == "{":
-        return [call_of(cursor.json())]
+        return _json_call(cursor, schemas, _closing())
     name, id = cursor.match(_NAME), None
     if cursor.optional("[CALL_ID]"):
         id = cursor.match(_NAME)
     cursor.optional("[ARGS]")
     cursor.space()
-    return [Call(name, _arguments(cursor), id)]
+    return _call(cursor, schemas, name, JsonArguments(), _closing(), id)
 
 
 _CALL_BEGIN, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 
 
-def read_deepseek(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_deepseek(cursor: Cursor, schemas: Schemas) -> Call:
     """V3 and R1: kind, separator, name, JSON in a fence. V3.1: name, separator, JSON."""
     cursor.optional("<｜tool▁calls▁begin｜>")
     cursor.space()
     cursor.literal(_CALL_BEGIN)
-    name = _head(cursor, _SEPARATOR).strip()
+    name = cursor.until(_SEPARATOR, _LONGEST_HEAD).strip()
     cursor.space()
     fenced = cursor.peek() != "{"
     if fenced:
-        name = _head(cursor, "\n").strip()
+        name = cursor.until("\n", _LONGEST_HEAD).strip()
         cursor.space()
         cursor.literal("```json")
         cursor.space()
-    if not _NAME.fullmatch(name):
-        raise No
-    arguments = _arguments(cursor)
-    cursor.space()
-    if fenced:
-        cursor.close("```")
-        cursor.space()
-    cursor.close(_CALL_END)
-    return [Call(name, arguments)]
+    return _call(cursor, schemas, name, JsonArguments(), _closing("```", _CALL_END) if fenced else _closing(_CALL_END))
 
 
 _KIMI_ID = re.compile(r"(?:functions\.)?([\w.\-]+?)(?::\d+)?")
 
 
-def read_kimi_k2(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_kimi_k2(cursor: Cursor, schemas: Schemas) -> Call:
     """The model numbers its calls over the whole conversation, and wants to see its own ids again."""
     cursor.optional("<|tool_calls_section_begin|>")
     cursor.space()
     cursor.literal("<|tool_call_begin|>")
-    id = _head(cursor, "<|tool_call_argument_begin|>").strip()
+    id = cursor.until("<|tool_call_argument_begin|>", _LONGEST_HEAD).strip()
     named = _KIMI_ID.fullmatch(id)
     if named is None:
         raise No
     cursor.space()
-    arguments = _arguments(cursor)
-    cursor.space()
-    cursor.close("<|tool_call_end|>")
-    return [Call(named[1], arguments, id if ":" in id else None)]
+    return _call(cursor, schemas, named[1], JsonArguments(), _closing("<|tool_call_end|>"), id if ":" in id else None)
 
 
 _PYTHON_TAGS = ("<|python_tag|>", "<|python_start|>")
 
 
-def read_llama3(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_llama3(cursor: Cursor, schemas: Schemas) -> Call:
     """JSON objects or a list of them, `[f(a=1), g()]`, and after a tag also `f.call(a=1)`, which Llama 3's own tools use."""
     _separator(cursor)
     tagged = any([cursor.optional(tag) for tag in _PYTHON_TAGS])
     cursor.space()
-    if not tagged or cursor.peek() in "{[":
-        calls = _read_bare(cursor, schemas, python=True)
-    else:
-        calls = _read_own_tool(cursor, schemas)
-    if tagged:
-        cursor.space()
-        cursor.optional("<|python_end|>")
-    return calls
-
-
-def _read_own_tool(cursor: Cursor, schemas: Schemas) -> list[Call]:
-    start = cursor.at
+    end = _closing("<|python_end|>") if tagged else _closing()
+    if not tagged or cursor.peek() in ("{", "["):
+        return _bare_call(cursor, schemas, end, python=True)
     name = cursor.match(_NAME)
-    cursor.python("(")
-    call = _python_calls("[" + cursor.text[start : cursor.at] + "]")[0]
     if name.endswith(".call"):
-        return [Call(name.removesuffix(".call"), call.arguments)]
-    if name not in schemas:
+        name = name.removesuffix(".call")
+    elif name not in schemas:
         raise No  # code for an interpreter
-    return [call]
+    cursor.literal("(")
+    return _call(cursor, schemas, name, PythonArguments(), end)
 
 
-def read_json(cursor: Cursor, schemas: Schemas) -> list[Call]:
+def read_json(cursor: Cursor, schemas: Schemas) -> Call:
     """JSON calls, bare or in a fence. A plain answer may well be JSON too, so only functions that were offered count."""
     _separator(cursor)
     fenced = cursor.peek() == "`"
@@ -292,73 +318,34 @@ def read_json(cursor: Cursor, schemas: Schemas) -> list[Call]:
         cursor.literal("```")
         cursor.optional("json")
         cursor.space()
-    calls = _read_bare(cursor, schemas, python=False)
-    if fenced:
-        cursor.space()
-        cursor.close("```")
-    return calls
+    return _bare_call(cursor, schemas, _closing("```") if fenced else _closing(), python=False)
 
 
 def _separator(cursor: Cursor) -> None:
     """What some models write between bare calls."""
-    if cursor.peek() in ";,":
+    if cursor.peek() in (";", ","):
         cursor.at += 1
         cursor.space()
 
 
-def _read_bare(cursor: Cursor, schemas: Schemas, python: bool) -> list[Call]:
-    start = cursor.at
-    if cursor.peek() == "{":
-        calls = [call_of(cursor.json())]
-    elif cursor.peek() != "[":
-        raise No
+def _bare_call(cursor: Cursor, schemas: Schemas, end: After, python: bool) -> Call:
+    def as_json(cursor: Cursor, after: After) -> Call:
+        return _json_call(cursor, schemas, after)
+
+    def as_python(cursor: Cursor, after: After) -> Call:
+        name = cursor.match(_NAME)
+        cursor.literal("(")
+        return _call(cursor, schemas, name, PythonArguments(), after)
+
+    if cursor.peek() == "[":
+        ahead = Cursor(cursor.text, cursor.at + 1, cursor.whole)
+        ahead.space()
+        call = _list(cursor, as_python if python and ahead.peek() != "{" else as_json, end)
     else:
-        cursor.at += 1
-        cursor.space()
-        as_json = cursor.peek() == "{"
-        cursor.at = start
-        if as_json:
-            calls = [_call_of(call) for call in _loaded(cursor.json("["))]
-        elif python:
-            calls = _python_calls(cursor.python("["))
-        else:
-            raise No
-    if not calls or any(call.name not in schemas for call in calls):
+        call = as_json(cursor, end)
+    if call.name not in schemas:
         raise No
-    return calls
-
-
-def _python_calls(text: str) -> list[Call]:
-    """Calls with literal keyword arguments, out of a list of them."""
-    try:
-        expression = ast.parse(text, mode="eval").body
-        if not isinstance(expression, ast.List) or not expression.elts:
-            raise No
-        return [_python_call(element) for element in expression.elts]
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise No from None
-
-
-def _python_call(node: ast.expr) -> Call:
-    if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise No
-    return Call(ast.unparse(node.func), dump_json({str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}))
-
-
-def _literal(node: ast.expr) -> Any:
-    """The value of a Python literal that JSON has too; also JSON's own true, false and null."""
-    match node:
-        case ast.Name(id="true" | "false" | "null" as word):
-            return {"true": True, "false": False, "null": None}[word]
-        case ast.List(elts=elements) | ast.Tuple(elts=elements):
-            return [_literal(element) for element in elements]
-        case ast.Dict(keys=keys, values=values):
-            return {str(ast.literal_eval(key)): _literal(value) for key, value in zip(keys, values, strict=True) if key is not None}
-        case _:
-            value = ast.literal_eval(node)
-            if not isinstance(value, str | int | float | bool | None) or value in (float("inf"), float("-inf")):
-                raise No
-            return value
+    return call
 
 
 READERS: dict[str, Reader] = {

@@ -1,7 +1,9 @@
-"""Finds tool calls in a growing text: what may be a call is held back until it is known to be one or not.
+"""Finds tool calls in a growing text: what may be a call is held back until it is known to be one or not; from then on its arguments go out as
+they are written.
 
-Owns the search, white space around calls, and calls' ids. A call is reported when it is complete and valid, so nothing that a client was told
-is taken back; what is no valid call (bad JSON, no end) is content, as the model wrote it. The syntaxes are readers.py's.
+Owns the search, white space around calls, and calls' ids. What a client was told is never taken back: a call counts once its name is known and its
+arguments have begun as they must (for a tool that was not offered: once they are whole). What cannot be read as one is content, as the model wrote
+it, and so is what follows arguments that break off. The syntaxes are readers.py's and arguments.py's.
 """
 
 from __future__ import annotations
@@ -19,28 +21,38 @@ _READ_ALWAYS = 4096  # characters up to which what may be a call is read again w
 
 
 class Calls:
-    """Numbers an answer's calls and gives them ids such as the format's chat templates accept."""
+    """Numbers an answer's calls and gives them ids such as the format's chat templates accept. Without `parallel` only the first is reported."""
 
     def __init__(self, format: str, parallel: bool) -> None:
         self._format, self._parallel = format, parallel
-        self.count = 0
+        self._count = self._whole = 0
+        self._silent = False
 
-    def report(self, calls: list[Call]) -> list[Delta]:
-        """The calls as deltas; without `parallel` only the answer's first."""
-        deltas: list[Delta] = []
-        for call in calls:
-            if self.count and not self._parallel:
-                break
-            deltas.append(CallStart(self.count, call.id or self._new_id(call.name), call.name))
-            deltas.append(CallArguments(self.count, call.arguments))
-            self.count += 1
-        return deltas
+    @property
+    def called(self) -> bool:
+        return 0 < self._count == self._whole
+
+    def begin(self, name: str, id: str | None = None) -> list[Delta]:
+        self._silent = self._count > 0 and not self._parallel
+        if self._silent:
+            return []
+        start = CallStart(self._count, id or self._new_id(name), name)
+        self._count += 1
+        return [start]
+
+    def write(self, text: str) -> list[Delta]:
+        """More of the arguments of the call that was begun last."""
+        return [CallArguments(self._count - 1, text)] if text and not self._silent else []
+
+    def end(self) -> None:
+        """Its arguments are whole."""
+        self._whole += not self._silent
 
     def _new_id(self, name: str) -> str:
         if self._format.startswith("mistral"):  # its templates take nothing else
             return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         if self._format == "kimi_k2":
-            return f"functions.{name}:{self.count}"
+            return f"functions.{name}:{self._count}"
         return f"call_{uuid.uuid4().hex[:24]}"
 
 
@@ -50,6 +62,7 @@ class ToolParser:
     def __init__(self, format: ToolFormat, schemas: Schemas, parallel: bool = True) -> None:
         self._reader, self._schemas = READERS[format.parser], schemas
         self._calls = Calls(format.name, parallel)
+        self._call: Call | None = None  # that is being written
         self._found = False  # a call, reported or not
         self._buffer = ""
         self._space = ""  # white space after what was reported
@@ -57,8 +70,8 @@ class ToolParser:
         self._read_at = 0  # length of the buffer from which on reading it again is worth the while
 
     @property
-    def num_calls(self) -> int:
-        return self._calls.count
+    def called(self) -> bool:
+        return self._calls.called
 
     def push(self, text: str) -> list[Delta]:
         self._buffer += text
@@ -73,29 +86,64 @@ class ToolParser:
     def _read(self, whole: bool) -> list[Delta]:
         self._read_at = 0
         deltas: list[Delta] = []
-        while True:
-            start, length = self._next_place()
-            if not length:
-                held = 0 if whole else held_back(self._buffer, self._reader.tags + self._reader.closers)
-                self._say(self._take(len(self._buffer) - held), deltas)
-                return deltas
-            self._say(self._take(start), deltas)
-            if self._fresh and self._found and self._buffer.startswith(self._reader.closers):
-                self._take(length)
-                continue
-            cursor = Cursor(self._buffer, 0, whole)
-            try:
-                calls = self._reader.read(cursor, self._schemas)
-            except (More, No) as e:
-                if isinstance(e, More) and not whole:
-                    size = len(self._buffer)
-                    self._read_at = size + size // 16 if size > _READ_ALWAYS else 0
-                    return deltas
-                self._say(self._take(length), deltas)
-                continue
+        while self._write(self._call, whole, deltas) if self._call is not None else self._search(whole, deltas):
+            pass
+        return deltas
+
+    def _search(self, whole: bool, deltas: list[Delta]) -> bool:
+        """Up to the next call, or tag to be dropped. False: there is none yet."""
+        start, length = self._next_place()
+        if not length:
+            held = 0 if whole else held_back(self._buffer, self._reader.tags + self._reader.closers)
+            self._say(self._take(len(self._buffer) - held), deltas)
+            return False
+        self._say(self._take(start), deltas)
+        if self._fresh and self._found and self._buffer.startswith(self._reader.closers):
+            self._take(length)
+            return True
+        cursor = Cursor(self._buffer, 0, whole)
+        try:
+            call = self._reader.read(cursor, self._schemas)
+        except (More, No) as e:
+            if isinstance(e, More) and not whole:
+                self._wait()
+                return False
+            self._say(self._take(length), deltas)
+            return True
+        self._take(cursor.at)
+        self._begin(call, deltas)
+        return True
+
+    def _begin(self, call: Call, deltas: list[Delta]) -> None:
+        self._call, self._found, self._space = call, True, ""
+        deltas += self._calls.begin(call.name, call.id)
+
+    def _write(self, call: Call, whole: bool, deltas: list[Delta]) -> bool:
+        """More of the call, or what comes after it. False: that is not there yet."""
+        cursor = Cursor(self._buffer, 0, whole)
+        if not call.arguments.ended:
+            deltas += self._calls.write(call.arguments.read(cursor))
             self._take(cursor.at)
-            deltas += self._calls.report(calls)
-            self._space, self._fresh, self._found = "", True, True
+            if call.arguments.ended:
+                self._calls.end()
+            elif whole or call.arguments.broken:
+                self._call, self._fresh = None, False
+            return whole or call.arguments.ended or call.arguments.broken
+        try:
+            following = call.after(cursor)
+        except More:
+            self._wait()
+            return False
+        self._take(cursor.at)
+        self._call, self._fresh = None, True
+        if following is not None:
+            self._begin(following, deltas)
+        return True
+
+    def _wait(self) -> None:
+        """For more text; for more of it, the longer it is that will be read again."""
+        size = len(self._buffer)
+        self._read_at = size + size // 16 if size > _READ_ALWAYS else 0
 
     def _next_place(self) -> tuple[int, int]:
         """Where in the buffer the next call (or tag to be dropped) may begin, and how much of it is content if it is none; (0, 0) if nowhere."""
