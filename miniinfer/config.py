@@ -420,6 +420,8 @@ class ServerConfig:
     host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = opt(8000, "port to listen on")
     grpc_port: int | None = opt(None, "port for the API over gRPC as well, 0 for any free one; needs miniinfer[grpc]")
+    ssl_certfile: str | None = opt(None, "certificate (PEM, with its chain) to serve HTTPS, and gRPC over TLS")
+    ssl_keyfile: str | None = opt(None, "the certificate's private key (PEM)")
     served_model_name: str | None = opt(None, "model name in the API (the folder's or hub name if not given)")
     api_key: list[str] | None = opt(None, "clients must send this key, or one of several: give the option again, or a list with commas")
     api_keys_file: str | None = opt(None, "TOML or JSON file of keys, with a name and perhaps rates and a priority for each")
@@ -456,6 +458,8 @@ class ServerConfig:
         if not all(key and key.isascii() and key.isprintable() for key in keys):
             raise ConfigError("api_key: a key must be printable ASCII and must not be empty")
         object.__setattr__(self, "api_key", list(dict.fromkeys(keys)) or None)
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile: give both, or neither")
         if self.max_loaded_models < 0 or self.model_idle_seconds < 0:
             raise ConfigError("max_loaded_models and model_idle_seconds: must not be negative")
         for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_file_mib", "max_files_gib", "max_body_mib"):

@@ -36,7 +36,7 @@ class ServerProcess:
             line = self.process.stdout.readline()
             assert line, f"the server did not start: {log.read_text()}"
             self.greeting += line
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", self.greeting)
+        found = re.search(r"https?://127\.0\.0\.1:(\d+)/v1", self.greeting)
         assert found
         self.url, self.port = found[0], int(found[1])
 

@@ -32,7 +32,7 @@ STOP_SECONDS = 5.0  # from the end of its stdin to SIGKILL
 LONGEST_FOLDER = 60  # characters of the temporary directory; a socket's whole path must stay below 104 (macOS) or 108 (Linux)
 LAST_WORDS_SECONDS = 0.3  # how long the reader may still find a message of a process that has ended
 TICK = 0.5  # seconds between looks at a process that has work
-STOPPED_TICKS = 4  # a process that was stopped (SIGSTOP) for so long will not come back by itself
+STOPPED_TICKS = 2  # a process that was stopped (SIGSTOP) for so long will not come back by itself
 
 
 class EngineDeadError(RuntimeError):

@@ -246,7 +246,13 @@ async def start(fleet: Fleet, host: str, port: int) -> tuple[Any, int]:
         )
     )
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        config = fleet.config
+        if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+            pair = Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes()
+            bound = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            bound = server.add_insecure_port(address)
     except RuntimeError as e:
         raise ConfigError(f"grpc_port: cannot listen on {host}:{port} ({e})") from None
     await server.start()

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     if server.grpc_port is not None:
         from miniinfer.serve import grpc  # noqa: F401  it says what is missing
 
+    _check_certificate(server)
     models = specs(engine, server)
     with contextlib.closing(_bind(server.host, server.port)) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
@@ -86,6 +88,15 @@ def _import_server() -> ModuleType:
     from miniinfer.serve import server
 
     return server
+
+
+def _check_certificate(server: ServerConfig) -> None:
+    if server.ssl_certfile is None or server.ssl_keyfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.ssl_certfile, server.ssl_keyfile, password="")
+    except (OSError, ValueError) as e:  # an SSLError is an OSError
+        raise ConfigError(f"ssl_certfile, ssl_keyfile: {server.ssl_certfile} and {server.ssl_keyfile} cannot be used: {e}") from None
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -37,7 +37,7 @@ def greeting(fleet: Fleet, listener: socket.socket) -> str:
     service, names = fleet.default, ", ".join(fleet.members)
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    tokenizer, url = service.engine.tokenizer, f"http://{host}:{port}/v1"
+    tokenizer, url = service.engine.tokenizer, f"http{'s' if fleet.config.ssl_certfile else ''}://{host}:{port}/v1"
     body: dict[str, Any] = {"model": service.model}
     if tokenizer is None:
         path, body = "completions", body | {"prompt": [1, 2, 3]}
@@ -62,6 +62,8 @@ def uvicorn_config(fleet: Fleet) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        ssl_certfile=fleet.config.ssl_certfile,
+        ssl_keyfile=fleet.config.ssl_keyfile,
         timeout_keep_alive=65,  # longer than the 60 s after which common proxies let go of an idle connection
         timeout_graceful_shutdown=int(DRAIN_SECONDS) + 2,
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpc
+import httpx
 import openai
 import pytest
 from serve_process import ROOT, ServerProcess, wait_for
@@ -105,6 +110,35 @@ def test_an_engine_that_died_for_good_is_reported(folder: Path, tmp_path: Path) 
         with pytest.raises(openai.InternalServerError) as dead:
             own.client().completions.create(model="mine", prompt="x")
         assert dead.value.status_code == 503
+        assert own.stop(signal.SIGTERM) == 0
+    finally:
+        own.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(folder: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", *names]
+    subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    for options, message in (
+        (["--ssl-certfile", str(certificate)], "give both, or neither"),
+        (["--ssl-certfile", str(certificate), "--ssl-keyfile", str(certificate)], "cannot be used"),
+    ):
+        assert message in refused(str(folder), *options)
+    options = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--grpc-port", "0"]
+    own = ServerProcess(folder, tmp_path / "server.log", "--served-model-name", "mine", *options)
+    try:
+        assert own.url.startswith("https://")
+        trusting = httpx.Client(verify=ssl.create_default_context(cafile=str(certificate)))
+        assert own.client(http_client=trusting).completions.create(model="mine", prompt="x", max_tokens=3).usage.completion_tokens == 3
+        with pytest.raises(httpx.ConnectError, match="(?i)certificate"):
+            httpx.get(own.url + "/models")
+        remote = re.search(r"over gRPC at (\S+)", own.greeting)
+        assert remote
+        with grpc.secure_channel(remote[1], grpc.ssl_channel_credentials(certificate.read_bytes())) as channel:
+            health = channel.unary_unary("/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes)
+            assert health(b"", timeout=10) == b"\x08\x01"  # status: SERVING
         assert own.stop(signal.SIGTERM) == 0
     finally:
         own.close()
