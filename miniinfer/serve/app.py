@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from miniinfer import __version__
-from miniinfer.engine.client import EngineDeadError
+from miniinfer.engine.client import EngineAsleepError, EngineDeadError
 from miniinfer.serve import (
     anthropic,
     embeddings,
@@ -23,6 +24,7 @@ from miniinfer.serve import (
     openai,
     responses,
     sglang,
+    sleep,
     tokens,
     web,
 )
@@ -51,12 +53,13 @@ def build_app(fleet: Fleet) -> FastAPI:
         body = next((shape(shown) for prefix, shape in _SHAPES if http.url.path.startswith(prefix)), shown).body()
         return Response(body, shown.status, shown.headers, "application/json")
 
-    for kind in (ApiError, RequestValidationError, ClientDisconnect, EngineDeadError, HTTPException, Exception):
+    for kind in (ApiError, RequestValidationError, ClientDisconnect, EngineAsleepError, EngineDeadError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_middleware(Guard, keys=fleet.keys, refuse=on_error)
     if fleet.config.cors_origin:  # outside the guard: a browser's question whether it may ask carries no key
         exposed = ["x-request-id", "retry-after"]
         app.add_middleware(CORSMiddleware, allow_origins=fleet.config.cors_origin, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+    app.add_middleware(Heads)
     app.add_middleware(Recorder, sinks=fleet.sinks)
 
     @cache
@@ -77,6 +80,7 @@ def build_app(fleet: Fleet) -> FastAPI:
         anthropic.router(fleet),
         ollama.router(fleet),
         sglang.router(fleet),
+        sleep.router(fleet),
         loads.router(fleet),
         models.router(fleet),
         control,
@@ -88,13 +92,23 @@ def build_app(fleet: Fleet) -> FastAPI:
     return app
 
 
+class Heads:
+    """ASGI middleware: HEAD, by which clients and watchdogs ask whether something is there, is GET; the HTTP server leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+
 _SHAPES = (("/v1/messages", anthropic.AnthropicError), ("/api/", ollama.OllamaError))  # paths whose errors are not in OpenAI's shape
 
 
 def _as_refusal(error: RequestValidationError) -> ApiError:
     """A bad query parameter, as every other bad field."""
     first = error.errors()[0]
-    field = str(first["loc"][-1])
+    field = [part for part in first["loc"] if isinstance(part, str)][-1]  # behind it numbers, in a list
     return ApiError(400, f"{field}: {first['msg'].removeprefix('Input ')}", param=field)
 
 

@@ -6,6 +6,7 @@ Owns these routes and their bodies. Names and memory are fleet.py's.
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter
@@ -60,11 +61,13 @@ def router(fleet: Fleet) -> APIRouter:
     @routes.get("/v1/models", **described(answer=ModelList))
     @routes.get("/models", **described(answer=ModelList))
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": fleet.cards()})
+        cards = [_shown(card) for card in fleet.cards()]
+        ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"], "has_more": False}
+        return JSONResponse({"object": "list", "data": cards, **ends})
 
     @routes.get("/v1/models/{model:path}", **described(answer=Model))
     async def one_model(model: str) -> Response:
-        return JSONResponse(fleet.find(model).card(model))
+        return JSONResponse(_shown(fleet.find(model).card(model)))
 
     @routes.delete("/v1/models/{model:path}", **described(answer=Deleted))
     async def forget(model: str) -> Response:
@@ -115,6 +118,13 @@ def router(fleet: Fleet) -> APIRouter:
         return _done(fleet.find(asked.alias))
 
     return routes
+
+
+def _shown(card: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's and Anthropic's words for a model in one object: clients of each ask at the same address."""
+    created = datetime.fromtimestamp(card["created"], UTC).isoformat().replace("+00:00", "Z")
+    about = {"type": "model", "display_name": card["id"], "created_at": created, "lifecycle": "active"}
+    return {**card, **about, "max_input_tokens": card["max_model_len"]}
 
 
 async def _named(fleet: Fleet, http: Request) -> Member:
