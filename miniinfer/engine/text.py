@@ -98,6 +98,10 @@ class Tokenizer:
         """`token_bytes` for showing, with U+FFFD for a part of a character."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
+    def spelling(self, id: int) -> str:
+        """A token as the vocabulary spells it, for instance with Ġ for a space."""
+        return self._backend.id_to_token(id) or ""
+
     @property
     def added_tokens(self) -> dict[int, str]:
         """The tokens that stand beside the trained vocabulary: special ones, tags and the like."""

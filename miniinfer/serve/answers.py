@@ -164,7 +164,7 @@ class Answer:
 
     def _extras(self, choice: Choice) -> dict[str, Any]:
         extras: dict[str, Any] = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
-        return extras | ({"token_ids": choice.token_ids} if self.request.return_token_ids else {})
+        return extras | {"token_ids": choice.token_ids if self.request.return_token_ids else None}
 
     def _about_prompt(self) -> dict[str, Any]:
         return {}
@@ -222,10 +222,14 @@ class ChatAnswer(Answer):
     def event(self, delta: CompletionOutput) -> bytes:
         index, parts = delta.index, self.deltas(delta)
         head, events = self._heads[index] + b'"delta":', b""
-        plain_end = b',"logprobs":null,"finish_reason":null' + self._end
+        plain = b',"logprobs":null,"finish_reason":null'
+        plain_end = plain + self._end
         if not self._started[index]:
+            told = (
+                b'}],"prompt_token_ids":' + encode(self.prompts[0].token_ids) if self.request.return_token_ids and not any(self._started) else b"}]"
+            )
             self._started[index] = True
-            events = head + b'{"role":"assistant","content":' + encode(self.request.echoed) + b"}" + plain_end
+            events = head + b'{"role":"assistant","content":' + encode(self.request.echoed) + b"}" + plain + told + self._end[2:]
         logprobs = b"null"
         if delta.logprobs:
             logprobs = encode(self._logprobs(delta.token_ids, delta.logprobs))
@@ -264,8 +268,8 @@ class ChatAnswer(Answer):
         return {"token": self._text(token_id), "logprob": _finite(value.logprob), "bytes": list(raw)}
 
     def _about_prompt(self) -> dict[str, Any]:
-        about: dict[str, Any] = {"prompt_logprobs": self._ranked(self.prompts[0])}
-        return about | ({"prompt_token_ids": self.prompts[0].token_ids} if self.request.return_token_ids else {})
+        ids = self.prompts[0].token_ids if self.request.return_token_ids else None
+        return {"prompt_logprobs": self._ranked(self.prompts[0]), "prompt_token_ids": ids}
 
 
 def _delta(part: Delta) -> bytes:
@@ -344,13 +348,14 @@ class CompletionAnswer(Answer):
         super().__init__(*args)
         self._echoed = [not self.request.echo] * len(self.choices)
         self._offsets = [0] * len(self.choices)  # characters of token text so far, for text_offset
+        self._told = [not self.request.return_token_ids] * len(self.choices)  # the prompt's tokens
 
     def event(self, delta: CompletionOutput) -> bytes:
         index, start = delta.index, b""
         if not self._echoed[index]:
             self._echoed[index] = True
             prompt = self.prompts[index // self.n]
-            start = self._heads[index] + b'"text":' + encode(self._prompt_text(prompt)) + b',"logprobs":'
+            start = self._heads[index] + self._prompt_ids(index) + b'"text":' + encode(self._prompt_text(prompt)) + b',"logprobs":'
             start += encode(self._prompt_logprobs(index)) + b',"finish_reason":null' + self._end
         if self.request.only_prompt:
             delta = CompletionOutput(index, "", [], finish_reason="length" if delta.finish_reason else None)
@@ -359,7 +364,14 @@ class CompletionAnswer(Answer):
             logprobs = encode(self._logprobs(index, delta.token_ids, delta.logprobs))
         elif not (delta.text or delta.finish_reason or self.request.return_token_ids):
             return start
-        return start + self._heads[index] + b'"text":' + encode(delta.text) + self._event_end(delta, logprobs)
+        return start + self._heads[index] + self._prompt_ids(index) + b'"text":' + encode(delta.text) + self._event_end(delta, logprobs)
+
+    def _prompt_ids(self, index: int) -> bytes:
+        """The prompt's tokens, for a choice's first event if they are wanted."""
+        if self._told[index]:
+            return b""
+        self._told[index] = True
+        return b'"prompt_token_ids":' + encode(self.prompts[index // self.n].token_ids) + b","
 
     def result(self) -> bytes:
         kept = self.request.kept
@@ -387,10 +399,9 @@ class CompletionAnswer(Answer):
         if choice.logprobs is not None:
             own = self._logprobs(index, choice.token_ids, choice.logprobs)
             logprobs = {key: logprobs[key] + own[key] for key in own} if logprobs else own
-        extras = self._extras(choice) | {"prompt_logprobs": self._ranked(self.prompts[index // self.n])}
-        if self.request.return_token_ids:
-            extras["prompt_token_ids"] = self.prompts[index // self.n].token_ids
-        return {"index": index, "text": text, "logprobs": logprobs, **extras}
+        prompt = self.prompts[index // self.n]
+        extras = {"prompt_logprobs": self._ranked(prompt), "prompt_token_ids": prompt.token_ids if self.request.return_token_ids else None}
+        return {"index": index, "text": text, "logprobs": logprobs, **self._extras(choice), **extras}
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt.text is None and self.tokenizer is not None:

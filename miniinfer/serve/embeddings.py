@@ -18,11 +18,11 @@ from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.output import unit
 from miniinfer.serve.answers import Answer, Prompt, encode
 from miniinfer.serve.fleet import Fleet
-from miniinfer.serve.protocol import PROMPT_SCHEMA, ApiError, Strict, list_of_prompts
+from miniinfer.serve.protocol import PROMPT_SCHEMA, ApiError, Truncation, list_of_prompts
 from miniinfer.serve.schemas import Shape, described
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Truncation):
     """Texts or token ids to embed. `pooling`: the last token's state, or the mean over all."""
 
     model: str | None = None
@@ -107,11 +107,11 @@ def router(fleet: Fleet) -> APIRouter:
     @routes.post("/embeddings", **described(EmbeddingRequest, EmbeddingList))
     async def embeddings(http: Request) -> Response:
         service, request = await fleet.read(http, EmbeddingRequest)
-        prompts = []
+        params, prompts = SamplingParams(max_tokens=1), []
         for given in request.input:
             ids = await service.encode(given, request.add_special_tokens, "input") if isinstance(given, str) else given
-            prompts.append(Prompt(ids))
+            prompts.append(Prompt(service.truncated(ids, request, params)))
         answer = EmbeddingAnswer(f"embd-{uuid.uuid4().hex}", service.model, request, prompts, 1, service.engine.tokenizer)
-        return await service.respond(http, answer, SamplingParams(max_tokens=1))
+        return await service.respond(http, answer, params)
 
     return routes

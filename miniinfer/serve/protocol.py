@@ -13,6 +13,7 @@ import msgspec
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -112,6 +113,8 @@ _FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"ty
 _CALL = {"type": "object", "required": ["function"], "properties": {"function": _FUNCTION}}
 _TOOL = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": _FUNCTION}}
 TokenIds = Annotated[list[int], WithJsonSchema({"type": "array", "items": _TOKEN})]
+Stop = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(max_length=64), WithJsonSchema(_STOP)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Strict(BaseModel):
@@ -141,7 +144,21 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False  # padding against traffic analysis; we never pad, which a client cannot tell from "off"
 
 
-class Sampling(Strict):
+class Truncation(Strict):
+    """What becomes of a prompt that is too long: nothing, which is an error, or it loses tokens at one of its sides."""
+
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31, description="the most tokens of a prompt that are used; -1: as many as fit")
+    truncation_side: Literal["left", "right"] = "left"
+
+    def truncated(self, ids: list[int], room: int) -> list[int]:
+        """As many of a prompt's tokens as the client wants, where the model has `room` for so many."""
+        most = room if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+        if most is None or len(ids) <= most:
+            return ids
+        return ids[:most] if self.truncation_side == "right" else ids[len(ids) - most :]
+
+
+class Sampling(Truncation):
     """The fields that both endpoints share. None means: the checkpoint's generation_config.json, then the engine's default."""
 
     model: str | None = None
@@ -154,7 +171,7 @@ class Sampling(Strict):
     frequency_penalty: float | None = between(-2, 2)
     logit_bias: Annotated[dict[int, float], WithJsonSchema(_BIAS)] | None = None
     seed: int | None = between(-(2**63), 2**63 - 1)
-    stop: Annotated[list[str], Field(max_length=64), WithJsonSchema(_STOP)] | None = None
+    stop: Stop | None = None
     max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = between(0, 1)
@@ -173,8 +190,6 @@ class Sampling(Strict):
     cache_salt: str = Field("", max_length=256)
     keep_cache_seconds: float | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31, description="the most tokens of a prompt that are used; -1: as many as fit")
-    truncation_side: Literal["left", "right"] = "left"  # where a prompt that is too long loses tokens
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:17" for a token's text, which may be the same for two tokens
     explain_cache: bool = False
@@ -203,11 +218,6 @@ class Sampling(Strict):
         schema = handler.resolve_ref_schema(shown)
         schema["properties"] = {**foreign, **schema["properties"]}
         return shown
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -265,13 +275,6 @@ class Sampling(Strict):
     @property
     def continuous_usage(self) -> bool:
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
-
-    def truncated(self, ids: list[int], room: int) -> list[int]:
-        """As many of a prompt's tokens as the client wants, where the model has `room` for so many."""
-        most = room if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
-        if most is None or len(ids) <= most:
-            return ids
-        return ids[:most] if self.truncation_side == "right" else ids[len(ids) - most :]
 
     def sampling_params(self, defaults: dict[str, Any], **more: Any) -> SamplingParams:
         """What the client asked for over `defaults` (from the checkpoint); `more` are the endpoint's own. ApiError on a bad value."""
@@ -441,7 +444,7 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool = True  # false: only the first call of an answer is reported
     modalities: list[str] | None = None
     include_reasoning: bool = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False  # the answer goes on where the last message ends
     echo: bool = False  # the answer begins with the last message, if that is the assistant's

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from miniinfer.serve.answers import encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.openai import chat_answer
-from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TemplateVariables, between, checked
+from miniinfer.serve.protocol import ApiError, ChatRequest, Effort, Stop, Strict, TemplateVariables, TokenIds, between, checked
 from miniinfer.serve.response_items import ResponseAnswer, ResponseShape, messages_of
 from miniinfer.serve.schemas import Deleted, Shape, described
 from miniinfer.serve.service import Service, as_api_error
@@ -156,9 +156,9 @@ class TextOptions(Strict):
 
 
 class ReasoningOptions(Strict):
-    """Accepted; how much a model thinks is its template's business (chat_template_kwargs)."""
+    """How hard the model is to think, if its template knows how to tell it; reasoning is given back as it is, not as a summary."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -196,7 +196,15 @@ class ResponsesRequest(Strict):
     truncation: Literal["disabled"] | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = between(0, 1)
+    presence_penalty: float | None = between(-2, 2)
+    frequency_penalty: float | None = between(-2, 2)
+    repetition_penalty: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})
     seed: int | None = between(-(2**63), 2**63 - 1)
+    stop: Stop | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str = Field("", max_length=256)
     chat_template_kwargs: TemplateVariables | None = None
@@ -217,8 +225,8 @@ class ResponsesRequest(Strict):
         """The same as a chat request, after the messages of `before`."""
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         messages = instructions + before + messages_of([item.model_dump(exclude_none=True) for item in self.input])
-        passed = "model stream parallel_tool_calls temperature top_p top_k min_p seed priority cache_salt chat_template_kwargs".split()
-        raw: dict[str, Any] = {name: getattr(self, name) for name in passed} | {"messages": messages}
+        raw: dict[str, Any] = {name: getattr(self, name) for name in _PASSED_ON} | {"messages": messages}
+        raw["reasoning_effort"] = self.reasoning.effort if self.reasoning is not None else None
         raw["max_completion_tokens"] = self.max_output_tokens
         if self.wants_logprobs:
             raw |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
@@ -241,6 +249,8 @@ class ResponsesRequest(Strict):
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
 
+_PASSED_ON = "model stream parallel_tool_calls temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed".split()
+_PASSED_ON += "stop stop_token_ids ignore_eos skip_special_tokens include_stop_str_in_output priority cache_salt chat_template_kwargs".split()
 _RENAMED = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 
 # ------------------------------------------------------------------------------------------------------------- store

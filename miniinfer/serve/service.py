@@ -24,7 +24,7 @@ from miniinfer.serve.admission import BACKGROUND_PRIORITY, DRAINING, Gate, calle
 from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.parsers import Formats, choose
-from miniinfer.serve.protocol import ApiError, Sampling
+from miniinfer.serve.protocol import ApiError, Truncation
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
@@ -105,7 +105,7 @@ class Service:
             raise ApiError.from_value_error(e, "messages") from None
         return Prompt(await self.encode(text, add_special_tokens, "messages"), text, formats=self.formats)
 
-    def truncated(self, ids: list[int], request: Sampling, params: SamplingParams) -> list[int]:
+    def truncated(self, ids: list[int], request: Truncation, params: SamplingParams) -> list[int]:
         """What of a prompt's tokens its request lets stand."""
         return request.truncated(ids, max(1, self.engine.info["max_model_len"] - (params.max_tokens or 1)))
 

@@ -25,6 +25,7 @@ class TokenizeRequest(Strict):
     add_special_tokens: bool | None = None  # by default a text gets them; a conversation has them from its template
     return_token_strs: bool = False
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     tools: Tools | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
@@ -76,12 +77,13 @@ def router(fleet: Fleet) -> APIRouter:
                 [message.for_template() for message in request.messages],
                 request.tools,
                 add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
                 add_special_tokens=bool(request.add_special_tokens),
                 template_kwargs=request.chat_template_kwargs,
             )
             ids = prompt.token_ids
         tokenizer = service.engine.tokenizer
-        texts = [tokenizer.token_text(i) for i in ids] if tokenizer is not None and request.return_token_strs else None
+        texts = [tokenizer.spelling(i) for i in ids] if tokenizer is not None and request.return_token_strs else None
         return JSONResponse({"count": len(ids), "max_model_len": service.engine.info["max_model_len"], "tokens": ids, "token_strs": texts})
 
     @routes.post("/detokenize", **described(DetokenizeRequest, Detokenized))

@@ -66,6 +66,8 @@ def test_truncation(server: Server, client: openai.OpenAI) -> None:
     assert server.engine.seen[-1][0] == long[-500:]  # of a context of 512
     echoed = client.completions.create(model="tiny", prompt="one two", echo=True, extra_body={"truncate_prompt_tokens": 2}).choices[0].text
     assert echoed == server.engine.tokenizer.decode(server.engine.seen[-1][0]) + "hello there" and len(server.engine.seen[-1][0]) == 2
+    client.embeddings.create(model="tiny", input=[[10, 11, 12], [13, 14]], extra_body={"truncate_prompt_tokens": 2})
+    assert [seen[0] for seen in server.engine.seen[-2:]] == [[11, 12], [13, 14]]
     whole = client.chat.completions.create(model="tiny", messages=SAID, extra_body={"return_token_ids": True})  # type: ignore[arg-type]
     client.chat.completions.create(model="tiny", messages=SAID, extra_body={"truncate_prompt_tokens": 3})  # type: ignore[arg-type]
     assert server.engine.seen[-1][0] == whole.model_extra["prompt_token_ids"][-3:]
@@ -112,6 +114,24 @@ def test_tokens_by_their_ids(server: Server, client: openai.OpenAI) -> None:
     assert client.completions.create(model="tiny", prompt="hello", logprobs=1, extra_body=fields).choices[0].logprobs.tokens == names
     chat = client.chat.completions.create(model="tiny", messages=SAID, logprobs=True, extra_body=fields)  # type: ignore[arg-type]
     assert [entry.token for entry in chat.choices[0].logprobs.content] == names
+
+
+def test_token_ids_in_streams(server: Server) -> None:
+    """The prompt's come once: in chat at the top of the first event, in completions in each choice's first."""
+    made = [*server.engine.tokenizer.encode("hello there"), 2]
+
+    def events(path: str, **body: Any) -> list[Any]:
+        return read_events(httpx.post(f"{server.url}/v1/{path}", json={**body, "stream": True, "return_token_ids": True, "n": 2}).content)
+
+    chat = events("chat/completions", messages=SAID)
+    assert chat[0]["prompt_token_ids"] == server.engine.seen[-1][0] and not any("prompt_token_ids" in event for event in chat[1:])
+    for echo in (False, True):
+        completion = events("completions", prompt="hello", echo=echo)
+        for index in (0, 1):
+            mine = [event["choices"][0] for event in completion if event["choices"][0]["index"] == index]
+            assert mine[0]["prompt_token_ids"] == server.engine.seen[-1][0] and not any("prompt_token_ids" in choice for choice in mine[1:])
+            assert [i for choice in mine for i in choice.get("token_ids", ())] == made
+    assert [i for event in chat if event["choices"][0]["index"] == 1 for i in event["choices"][0].get("token_ids", ())] == made
 
 
 def test_a_bad_bias_is_named(client: openai.OpenAI) -> None:

@@ -29,6 +29,7 @@ def test_there_and_back(server: Server, text: str) -> None:
     status, found = post(server, "/tokenize", prompt=text, return_token_strs=True)
     assert status == 200 and found["count"] == len(found["tokens"]) == len(found["token_strs"]) and found["max_model_len"] == 512
     assert found["tokens"] == server.engine.tokenizer.encode(text)
+    assert [server.engine.tokenizer.token_id(spelling) for spelling in found["token_strs"]] == found["tokens"]
     assert post(server, "/detokenize", tokens=found["tokens"]) == (200, {"prompt": text})
 
 
@@ -40,6 +41,9 @@ def test_a_conversation_is_what_the_model_gets(server: Server) -> None:
     assert server.engine.seen[-1][0] == found["tokens"]
     shorter = post(server, "/tokenize", messages=messages, add_generation_prompt=False)[1]["tokens"]
     assert found["tokens"][: len(shorter)] == shorter != found["tokens"]
+    begun = [*messages, {"role": "assistant", "content": "Sure,"}]
+    text = post(server, "/tokenize", messages=begun, add_generation_prompt=False, continue_final_message=True)[1]["tokens"]
+    assert server.engine.tokenizer.decode(text, skip_special_tokens=False).endswith("<|im_start|>assistant\nSure,")
     tool = {"type": "function", "function": {"name": "f"}}
     assert post(server, "/tokenize", messages=messages, tools=[tool])[1]["count"] > found["count"]
 

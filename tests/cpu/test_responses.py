@@ -100,6 +100,15 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert all(len(entry.top_logprobs) == 1 for entry in part.logprobs)
 
 
+def test_sampling_fields_arrive(server: Server, client: openai.OpenAI) -> None:
+    fields = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.5, "stop_token_ids": [7], "ignore_eos": True}
+    fields |= {"top_k": 9, "min_p": 0.125, "seed": 3, "skip_special_tokens": False, "include_stop_str_in_output": True}
+    client.responses.create(model="tiny", input="hello", temperature=0.5, top_p=0.75, extra_body={**fields, "stop": "xyz"})
+    params = server.engine.seen[-1][1]
+    assert {name: getattr(params, name) for name in fields} == fields and params.stop == ["xyz"]
+    assert (params.temperature, params.top_p) == (0.5, 0.75)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_function_is_called_and_its_answer_goes_back(server: Server, client: openai.OpenAI, stream: bool) -> None:
     server.engine.reply = lambda _: "Let me look. " + CALL
