@@ -24,7 +24,6 @@ from miniinfer.serve import (
     openai,
     responses,
     sglang,
-    sleep,
     tokens,
     web,
 )
@@ -80,7 +79,6 @@ def build_app(fleet: Fleet) -> FastAPI:
         anthropic.router(fleet),
         ollama.router(fleet),
         sglang.router(fleet),
-        sleep.router(fleet),
         loads.router(fleet),
         models.router(fleet),
         control,
