@@ -31,6 +31,7 @@ GIB = 2**30
 LAUNCH_SECONDS = 300e-6  # host time of a layer's launches, measured with triton 3.6
 FLOPS = 5e14  # per second, of a whole step of prompts on an H200
 LOGITS_CHUNK = 1024  # prompt positions whose logits are in memory at once
+SPARE = 0.02  # of a GPU's memory, left to whoever shares it
 
 
 @dataclass(slots=True)
@@ -70,13 +71,14 @@ def _token_logprobs(ids: Tensor, values: Tensor, ranks: Tensor) -> list[TokenLog
 class Runner:
     """One device's share of the engine. `config` is resolved; `model` has its weights. With `memory` KV pages lie there, too."""
 
-    def __init__(self, config: EngineConfig, model: Decoder, ops: Ops, device: torch.device, memory: Memory | None = None) -> None:
+    def __init__(self, config: EngineConfig, model: Decoder, ops: Ops, device: torch.device, memory: Memory | None = None, others: int = 0) -> None:
+        """`others`: bytes of the GPU that were in use before this engine began."""
         assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.page_size
         self.config, self.model, self.ops, self.device, self.memory = config, model, ops, device, memory
         self.max_length = config.max_model_len
         shape: ModelConfig = model.config
         self.kinds = shape.state_kinds
-        self.num_pages = plan_pages(config, shape, device)
+        self.num_pages = plan_pages(config, shape, device, others)
         self.caches = self._make_caches(shape, config.page_size)
         self.rows = Rows(config.max_num_seqs, config.max_model_len, config.page_size, len(self.kinds), device)
         size = config.max_num_batched_tokens + config.max_num_seqs  # a decode batch is padded beyond the budget at most by dummies
@@ -269,7 +271,7 @@ def graph_tokens(config: EngineConfig, shape: ModelConfig) -> int:
     return min(config.max_num_batched_tokens, int(shape.num_layers * LAUNCH_SECONDS * FLOPS / flops))
 
 
-def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -> list[int]:
+def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device, others: int) -> list[int]:
     """KV pages per state kind, from the memory that the options grant and the weights leave; ConfigError if not even one request fits.
 
     A sliding kind gets no more than its rows' windows can fill while full ones go without."""
@@ -284,7 +286,8 @@ def plan_pages(config: EngineConfig, shape: ModelConfig, device: torch.device) -
     else:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            budget = int(free - (1 - config.gpu_memory_utilization) * total) - workspace_bytes(config, shape)
+            own = total - free - others
+            budget = int(min(config.gpu_memory_utilization * total - own, free - SPARE * total)) - workspace_bytes(config, shape)
             source = "gpu_memory_utilization"
         else:
             every_row = sum(b * (config.max_num_seqs * s + 2) for b, s in zip(page_bytes, spans, strict=True))

@@ -30,6 +30,8 @@ from miniinfer.models.decoder import Block, Decoder
 
 Progress = Callable[[int, int], None]
 
+CONTEXT_BYTES = 1 << 30  # more than a CUDA context takes
+
 
 def start(
     folder: Path, shape: ModelConfig, config: EngineConfig, ops: Ops, device: torch.device, progress: Progress | None, begin: float
@@ -38,6 +40,7 @@ def start(
 
     ConfigError if the model cannot fit, or a tensor is missing, extra or misshapen."""
     done = {"device": synchronize(device) - begin}
+    others = _in_use(device)
     memory = Memory(device) if config.enable_sleep_mode else None
     model = _build(shape, config, device, memory)
     done["memory"] = synchronize(device) - begin
@@ -61,7 +64,7 @@ def start(
     _pack(model, ops)  # rearranges nothing, so the values may follow
     if memory is not None:
         memory.reload = partial(_read, model, folder, config, None)
-    runner = Runner(config, model, ops, device, memory)
+    runner = Runner(config, model, ops, device, memory, others)
     with ThreadPoolExecutor(1, "weights") as side:
         loading = side.submit(fill)
         rehearse(runner)
@@ -70,6 +73,14 @@ def start(
     first_steps(runner)
     done["ready"] = synchronize(device) - begin
     return runner, done
+
+
+def _in_use(device: torch.device) -> int:
+    """Bytes of the GPU that other processes have, so that several models can share it; what is this process's context is not told apart."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - CONTEXT_BYTES)
 
 
 def _build(shape: ModelConfig, config: EngineConfig, device: torch.device, memory: Memory | None) -> Decoder:

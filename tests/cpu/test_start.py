@@ -19,7 +19,7 @@ from miniinfer.bench.start import arguments
 from miniinfer.cli import COMMANDS, Parser, take
 from miniinfer.config import ConfigError, DeviceInfo, EngineConfig, ModelConfig, resolve
 from miniinfer.engine import start
-from miniinfer.engine.runner import Runner
+from miniinfer.engine.runner import Runner, plan_pages, workspace_bytes
 
 CPU = torch.device("cpu")
 
@@ -97,3 +97,23 @@ def test_bundled_model_answers_soon_after_its_process_starts() -> None:
     seconds = json.loads(runs[1].stdout.splitlines()[-1])
     assert list(seconds)[0] == "imports" and list(seconds)[-2:] == ["ready", "first token"]
     assert list(seconds.values()) == sorted(seconds.values()) and seconds["first token"] < 60
+
+
+def test_models_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets its share of the memory whatever the others have, but never more than is free."""
+    gib, gpu = 1 << 30, torch.device("cuda")
+    shape = ModelConfig.from_folder(tiny_folder("qwen3", tmp_path))
+
+    def bytes_of_pages(share: float, others: int, own: int) -> float:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * gib - others - own, 100 * gib))
+        config = EngineConfig(device="cuda", gpu_memory_utilization=share, max_model_len=64, max_num_seqs=4)
+        resolved = resolve(config, shape, DeviceInfo("cuda", 1))
+        (pages,) = plan_pages(resolved, shape, gpu, others)
+        page = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * getattr(torch, resolved.dtype).itemsize * resolved.page_size
+        return (pages * page + workspace_bytes(resolved, shape)) / gib
+
+    assert bytes_of_pages(0.9, 0, 10 * gib) == pytest.approx(80, rel=1e-3)
+    assert bytes_of_pages(0.4, 50 * gib, 10 * gib) == pytest.approx(30, rel=1e-3)
+    assert bytes_of_pages(0.9, 50 * gib, 10 * gib) == pytest.approx(38, rel=1e-3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * gib, 100 * gib))
+    assert start._in_use(gpu) == 39 * gib and start._in_use(CPU) == 0
