@@ -29,7 +29,8 @@ class FakeEngine:
 
     def __init__(self, tokenizer: Tokenizer | None, reply: Callable[[str], str] = lambda prompt: "hello there", max_model_len: int = 512) -> None:
         self.tokenizer, self.reply = tokenizer, reply
-        self.info: dict[str, Any] = {"max_model_len": max_model_len, "vocab_size": 320}
+        self.info: dict[str, Any] = {"max_model_len": max_model_len, "vocab_size": 320, "page_size": 16, "num_pages": [100]}
+        self.pins: dict[str, tuple[list[int], str]] = {}
         self.stats: dict[str, float] = {"running": 0.0}
         self.processor = OutputProcessor(tokenizer, deltas=True)
         self.is_alive, self.restarting, self.errored = True, False, False
@@ -62,6 +63,18 @@ class FakeEngine:
         assert delta
         validate(prompt, params, self.info, self.tokenizer)
         self.seen.append((prompt, params, priority, cache_salt))
+    async def pin(self, id: str, tokens: list[int], cache_salt: str = "") -> RequestOutput:
+        outputs = [out async for out in self.generate(tokens, SamplingParams(max_tokens=1), id, cache_salt=cache_salt, delta=True)]
+        self.pins[id] = tokens, cache_salt
+        return outputs[-1]
+
+    def unpin(self, id: str) -> None:
+        self.pins.pop(id, None)
+
+    async def control(self, command: str) -> Any:
+        assert command == "pins"
+        return {id: {"pages": len(tokens) // 16, "resident": len(tokens) // 16, "hits": 7} for id, (tokens, _) in self.pins.items()}
+
         ids = [add.id for add in self.processor.add(request_id, None, prompt, params)]
         self.open.add(request_id)
         try:

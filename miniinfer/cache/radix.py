@@ -244,7 +244,7 @@ class RadixTree:
     def reorder(self, name: str, tokens: Sequence[int]) -> None:
         """These tokens' pages have been pinned, or are no longer: puts idle ones where they belong now."""
         packed, width = pack(tokens), self.page_size * TOKEN_BYTES
-        node, path = self.root.children.get(name.encode("utf-8", "surrogatepass")), []
+        node, path = self.root.children.get(name.encode("utf-8", "surrogatepass")), list[Node]()
         while node is not None and (node := node.children.get(packed[len(path) * width : (len(path) + 1) * width])) is not None:
             path.append(node)
         for node in reversed(path):

@@ -40,6 +40,9 @@ class Ledger:
         self._careful = False
         self._trial: _Entry | None = None
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
     def __bool__(self) -> bool:
         return bool(self._owners)
 

@@ -92,7 +92,7 @@ class Scheduler:
         if not error and message.pin:
             error = self.cache.pin(message.id, message.cache_salt, message.prompt)
         if error:
-            return SequenceUpdate(message.id, [], "error", error=error)
+            return SequenceUpdate(message.id, [], "error", error=error, invalid=message.pin)
         params, size = message.params, len(message.prompt)
         limit = min(self._max_model_len, self.cache.max_tokens)
         self._arrivals += 1

@@ -1,7 +1,8 @@
 """Anthropic's API: messages and the count of their tokens. Owns its bodies, answers, stream events and errors; a conversation runs as OpenAI's do.
 
-What has no meaning here (cache_control, metadata, service_tier and their like) is taken and ignored; what would change the answer and cannot be
-done (images, documents, server tools, an answer's beginning given by the client) is refused.
+What has no meaning here (metadata, service_tier and their like) is taken and ignored; what would change the answer and cannot be done (images,
+documents, server tools, an answer's beginning given by the client) is refused. Every prefix is cached anyway: `cache_control` has those that it marks
+kept for its time, evicted after all that is not marked.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from miniinfer.data import CompletionOutput
 from miniinfer.serve.answers import encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
+from miniinfer.serve.parsers import arguments_so_far
+from miniinfer.serve.prefixes import common_prefix
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, between
 from miniinfer.serve.schemas import Shape, described
 from miniinfer.serve.service import Service
 
+LONG = 3600  # seconds of the longer of the two times that a mark can name
 _NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -47,12 +51,24 @@ class AnthropicError(ApiError):
 # ----------------------------------------------------------------------------------------------------------- bodies
 
 
+class CacheControl(Strict):
+    """What comes before the end of this block is to be kept in the cache. A mark within a message counts for the whole of it."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] = "5m"
+    scope: str | None = None  # whose cache; there is one here, and `cache_salt` separates users
+
+    @property
+    def seconds(self) -> int:
+        return LONG if self.ttl == "1h" else 300
+
+
 class TextBlock(Strict):
     """Text."""
 
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
     citations: list[Any] | None = None
 
 
@@ -78,7 +94,7 @@ class ToolUseBlock(Strict):
     id: str
     name: str
     input: dict[str, Any]
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
     caller: dict[str, Any] | None = None
 
 
@@ -103,7 +119,7 @@ class ToolResultBlock(Strict):
     tool_use_id: str
     content: Texts = []
     is_error: bool = False
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
 
 
 Block = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
@@ -124,7 +140,7 @@ class CustomTool(Strict):
     description: str | None = None
     type: Literal["custom"] = "custom"
     strict: bool | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
     input_examples: list[dict[str, Any]] | None = None
     eager_input_streaming: bool | None = None
 
@@ -162,7 +178,7 @@ class CountRequest(Strict):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
 
     def chat(self, service: Service, **more: Any) -> ChatRequest:
         """The same conversation as OpenAI's API has it."""
@@ -182,6 +198,20 @@ class CountRequest(Strict):
         on = None if self.thinking is None else self.thinking.type != "disabled"
         fields["chat_template_kwargs"] = thinking_variables(service, on, self.output_config.effort if self.output_config else None)
         return chat_request(fields, _NAMES)
+
+    def marks(self) -> dict[int, int]:
+        """What is to be kept: up to the end of how many of the chat's messages, and for how many seconds. Longest prefixes first; a shorter one is
+        there only if it is to be kept longer. Tools belong to the system prompt, in or before which templates put them."""
+        count = int(bool(self.system))
+        ends = [(count, item.cache_control) for item in (*(self.tools or ()), *self.system)]
+        for i, message in enumerate(self.messages):
+            count += len(_messages(message, i))
+            ends += [(count, getattr(block, "cache_control", None)) for block in message.content]
+        found: dict[int, int] = {}
+        for end, mark in reversed([*ends, (count, self.cache_control)]):
+            if mark is not None and mark.seconds > max(found.values(), default=0):
+                found[end] = mark.seconds
+        return found
 
 
 class MessagesRequest(CountRequest):
@@ -262,7 +292,9 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 
 
 class MessageAnswer(ForeignAnswer):
-    """A message: whole, or as events in Anthropic's order."""
+    """A message: whole, or as events in Anthropic's order. `kept`: prefixes that were asked to be kept, in tokens and seconds."""
+
+    kept: list[tuple[int, float]] = []
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -302,10 +334,12 @@ class MessageAnswer(ForeignAnswer):
     def usage(self) -> dict[str, Any]:
         """Anthropic counts tokens from the cache apart."""
         cached = self.cached_tokens
+        written, longer = (max([0, *(tokens - cached for tokens, seconds in self.kept if seconds >= least)]) for least in (0, LONG))
         return {
-            "input_tokens": self.prompt_tokens - cached,
-            "cache_creation_input_tokens": 0,
+            "input_tokens": self.prompt_tokens - cached - written,
+            "cache_creation_input_tokens": written,
             "cache_read_input_tokens": cached,
+            "cache_creation": {"ephemeral_5m_input_tokens": written - longer, "ephemeral_1h_input_tokens": longer},
             "output_tokens": self.completion_tokens,
         }
 
@@ -364,8 +398,14 @@ class AnthropicErrorShape(Shape):
     error: AnthropicErrorDetail
 
 
+class CacheCreation(Shape):
+    ephemeral_5m_input_tokens: int
+    ephemeral_1h_input_tokens: int
+
+
 class AnthropicUsage(Shape):
     input_tokens: int
+    cache_creation: CacheCreation
     output_tokens: int
     cache_read_input_tokens: int
     cache_creation_input_tokens: int
@@ -394,8 +434,10 @@ def router(fleet: Fleet) -> APIRouter:
     async def messages(http: Request) -> Response:
         _check_version(http)
         service, request = await fleet.read(http, MessagesRequest)
-        answer, params = await prepare(service, request.run(service), MessageAnswer, "msg_", _NAMES)
-        response = await service.respond(http, answer, params)
+        chat = request.run(service)
+        answer, params = await prepare(service, chat, MessageAnswer, "msg_", _NAMES)
+        answer.kept = await _kept(service, chat, answer.prompts[0].token_ids, request.marks())
+        response = await service.respond(http, answer, msgspec.structs.replace(params, keep_cache_prefixes=answer.kept or None))
         response.headers["request-id"] = answer.id
         return response
 
@@ -407,6 +449,25 @@ def router(fleet: Fleet) -> APIRouter:
         return JSONResponse({"input_tokens": answer.prompt_tokens})
 
     return routes
+
+
+async def _kept(service: Service, chat: ChatRequest, tokens: list[int], marks: dict[int, int]) -> list[tuple[int, float]]:
+    """The marked prefixes in tokens of the prompt: what it has in common with one that goes on differently behind the mark."""
+    if not service.engine.info.get("enable_prefix_caching", True):
+        return []
+    messages, kept = [message.for_template() for message in chat.messages], list[tuple[int, float]]()
+    for end, seconds in marks.items():
+        shared = tokens
+        if end < len(messages):
+            following = {k: v for k, v in messages[end].items() if k in ("role", "tool_call_id", "name")}
+            following["content"] = "1" if str(messages[end]["content"]).startswith("0") else "0"
+            other = await service.chat_prompt(
+                [*messages[:end], following], chat.offered_tools, add_generation_prompt=False, template_kwargs=chat.template_variables
+            )
+            shared = common_prefix([tokens, other.token_ids])
+        if shared:
+            kept.append((len(shared), float(seconds)))
+    return kept
 
 
 def _check_version(http: Request) -> None:

@@ -25,6 +25,7 @@ from miniinfer.serve import (
     responses,
     sglang,
     tokens,
+    prefixes,
     web,
 )
 from miniinfer.serve.admission import Guard
@@ -80,6 +81,7 @@ def build_app(fleet: Fleet) -> FastAPI:
         ollama.router(fleet),
         sglang.router(fleet),
         loads.router(fleet),
+        prefixes.router(fleet),
         models.router(fleet),
         control,
     )

@@ -39,6 +39,11 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         tracing.check(server.otlp_endpoint)
     if server.grpc_port is not None:
         from miniinfer.serve import grpc  # noqa: F401  it says what is missing
+    if server.pin_prefix:
+        from miniinfer.serve import prefixes
+
+        for path in server.pin_prefix:
+            prefixes.read_file(path)
 
     _check_certificate(server)
     models = specs(engine, server)
@@ -58,6 +63,7 @@ async def _run(models: list[Spec], server_config: ServerConfig, listener: socket
         _, parts = await asyncio.gather(engine.start(), asyncio.to_thread(_import_server))
         fleet = parts.Fleet(server_config, [parts.Member(spec.name, spec.engine, spec.server) for spec in models])
         fleet.adopt(engine)
+        await parts.pin_files(fleet, server_config.pin_prefix or [])
         server = parts.Server(fleet, listener)
         signals.stop = server.stop
         remote = await _start_grpc(fleet, server_config)

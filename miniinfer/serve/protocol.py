@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, from_json
 
-from miniinfer.data import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from miniinfer.data import MAX_KEEP_SECONDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 from miniinfer.engine.beam import MAX_WIDTH, BeamSearchParams
 from miniinfer.serve import structured, tools_grammar
 
@@ -63,7 +63,7 @@ def _refuse(field: str, why: str) -> NoReturn:
 
 # Fields that official clients send and that change nothing a text server of one user's own promises.
 IGNORED = frozenset(
-    "metadata prediction prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier service_tier store user verbosity".split()
+    "metadata prediction prompt_cache_key prompt_cache_options safety_identifier service_tier store user verbosity".split()
 )
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
@@ -138,6 +138,9 @@ class Strict(BaseModel):
         return shown
 
 
+CacheRetention = Literal["in_memory", "in-memory", "24h"]  # OpenAI's words: while there is room, or as long as keep_cache_seconds can
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # with include_usage: every event has the usage so far
@@ -189,6 +192,7 @@ class Sampling(Truncation):
     timeout: float | None = Field(None, gt=0, le=604800, description="seconds after which the request ends with an error")
     cache_salt: str = Field("", max_length=256)
     keep_cache_seconds: float | None = None
+    prompt_cache_retention: CacheRetention | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:17" for a token's text, which may be the same for two tokens
@@ -280,6 +284,8 @@ class Sampling(Truncation):
         """What the client asked for over `defaults` (from the checkpoint); `more` are the endpoint's own. ApiError on a bad value."""
         asked = {f: getattr(self, f) for f in _PASSED_ON if getattr(self, f) is not None}
         try:
+            if self.prompt_cache_retention == "24h":
+                asked.setdefault("keep_cache_seconds", MAX_KEEP_SECONDS)
             wanted = structured.structured({f: getattr(self, f) for f in structured.FIELDS})
             return SamplingParams(**{**defaults, **asked, "structured_outputs": wanted, **more})
         except ValueError as e:

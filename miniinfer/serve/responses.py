@@ -22,7 +22,7 @@ from starlette.responses import Response
 from miniinfer.serve.answers import encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.openai import chat_answer
-from miniinfer.serve.protocol import ApiError, ChatRequest, Effort, Stop, Strict, TemplateVariables, TokenIds, between, checked
+from miniinfer.serve.protocol import ApiError, CacheRetention, ChatRequest, Effort, Stop, Strict, TemplateVariables, TokenIds, between, checked
 from miniinfer.serve.response_items import ResponseAnswer, ResponseShape, messages_of
 from miniinfer.serve.schemas import Deleted, Shape, described
 from miniinfer.serve.service import Service, as_api_error
@@ -214,7 +214,7 @@ class ResponsesRequest(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    prompt_cache_retention: CacheRetention | None = None
 
     @field_validator("input", mode="before")
     @classmethod
@@ -251,6 +251,7 @@ class ResponsesRequest(Strict):
 
 _PASSED_ON = "model stream parallel_tool_calls temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed".split()
 _PASSED_ON += "stop stop_token_ids ignore_eos skip_special_tokens include_stop_str_in_output priority cache_salt chat_template_kwargs".split()
+_PASSED_ON += ["prompt_cache_retention"]
 _RENAMED = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 
 # ------------------------------------------------------------------------------------------------------------- store

@@ -19,9 +19,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from miniinfer.serve.app import build_app
 from miniinfer.serve.fleet import Fleet, Member
 from miniinfer.serve.metrics import log_throughput
+from miniinfer.serve.prefixes import pin_files
 from miniinfer.utils import get_logger
 
-__all__ = ["Fleet", "Member", "Server", "greeting", "log_throughput", "uvicorn_config"]
+__all__ = ["Fleet", "Member", "Server", "greeting", "log_throughput", "pin_files", "uvicorn_config"]
 
 log = get_logger(__name__)
 
