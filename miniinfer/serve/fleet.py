@@ -119,12 +119,15 @@ class Fleet:
         """The model of a name, or the first. ApiError 404 if there is none."""
         if name is None:
             name = self._first
-        target = self.aliases.get(name, name)
-        member = self.members.get(self.active.get(target, target))
+        member = self._known(name) or self._known(name.removesuffix(":latest"))  # which Ollama's clients add
         if member is None:
             names = ", ".join(f"'{name}'" for name in self.names)
             raise ApiError(404, f"the model '{name}' does not exist; this server has {names}", param="model", code="model_not_found")
         return member
+
+    def _known(self, name: str) -> Member | None:
+        target = self.aliases.get(name, name)
+        return self.members.get(self.active.get(target, target))
 
     def add(self, member: Member) -> Member:
         """A new model, not loaded yet. ApiError 409 if its name is taken."""

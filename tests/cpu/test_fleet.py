@@ -275,6 +275,7 @@ def test_names() -> None:
     fleet = made(["chat:1", "chat:2", "other"], model_alias=["gpt-4=chat", "old=chat:1"])
     assert fleet.find("chat").name == "chat:1" == fleet.find(None).name == fleet.find("gpt-4").name
     assert fleet.find("chat:2").name == "chat:2" and fleet.names == ["chat:1", "chat:2", "other", "chat", "gpt-4", "old"]
+    assert fleet.find("chat:latest").name == "chat:1" and fleet.find("other:latest").name == "other"
     assert {card["id"]: card["root"] for card in fleet.cards()}["gpt-4"] == "chat:1"
     for name in ("chat", "chat:1", "a b", ""):
         with pytest.raises(ApiError, match="alias"):
