@@ -21,7 +21,6 @@ from miniinfer.data import CompletionOutput
 from miniinfer.serve.answers import encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
-from miniinfer.serve.parsers import arguments_so_far
 from miniinfer.serve.prefixes import common_prefix
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, between
 from miniinfer.serve.schemas import Shape, described
@@ -332,7 +331,7 @@ class MessageAnswer(ForeignAnswer):
         return encode(self._message(content, *_reason(choice.finish_reason, choice.stop_reason)))
 
     def usage(self) -> dict[str, Any]:
-        """Anthropic counts tokens from the cache apart."""
+        """Anthropic counts tokens from the cache apart, and those that a mark has put there."""
         cached = self.cached_tokens
         written, longer = (max([0, *(tokens - cached for tokens, seconds in self.kept if seconds >= least)]) for least in (0, LONG))
         return {

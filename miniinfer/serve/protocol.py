@@ -62,9 +62,7 @@ def _refuse(field: str, why: str) -> NoReturn:
 # ----------------------------------------------------------------------------------------------------------- fields
 
 # Fields that official clients send and that change nothing a text server of one user's own promises.
-IGNORED = frozenset(
-    "metadata prediction prompt_cache_key prompt_cache_options safety_identifier service_tier store user verbosity".split()
-)
+IGNORED = frozenset("metadata prediction prompt_cache_key prompt_cache_options safety_identifier service_tier store user verbosity".split())
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
 _NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens guided_json guided_regex guided_choice".split()
