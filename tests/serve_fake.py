@@ -8,15 +8,13 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import uvicorn
-
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenLogprobs
 from miniinfer.engine.client import EngineDeadError
 from miniinfer.engine.output import OutputProcessor, validate
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.fleet import Fleet
-from miniinfer.serve.server import uvicorn_config
+from miniinfer.serve.server import Uvicorn, uvicorn_config
 from miniinfer.serve.service import Service
 
 END = 2  # <|im_end|>
@@ -117,7 +115,7 @@ class Server:
         self.engine = engine
         self.fleet = fleet or Fleet.of(Service(engine, ServerConfig(**options), model, defaults or {}))
         self.api = self.fleet.default
-        self.uvicorn = uvicorn.Server(uvicorn_config(self.fleet))
+        self.uvicorn = Uvicorn(uvicorn_config(self.fleet))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 
     def __enter__(self) -> Server:

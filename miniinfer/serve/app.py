@@ -17,7 +17,9 @@ from miniinfer import __version__
 from miniinfer.engine.client import EngineAsleepError, EngineDeadError
 from miniinfer.serve import (
     anthropic,
+    batches,
     embeddings,
+    files,
     loads,
     models,
     ollama,
@@ -36,11 +38,14 @@ from miniinfer.serve.protocol import ApiError
 from miniinfer.serve.record import Recorder
 from miniinfer.serve.schemas import State, Version, described, openapi
 from miniinfer.serve.service import as_api_error
+from miniinfer.serve.storage import Store
 
 
 def build_app(fleet: Fleet) -> FastAPI:
     """The application over a server's models."""
-    app = FastAPI(openapi_url=None)
+    store = Store(fleet.config)
+    batched = batches.Batches(fleet, store)
+    app = FastAPI(openapi_url=None, lifespan=batched.running)
 
     async def on_error(http: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
@@ -75,6 +80,8 @@ def build_app(fleet: Fleet) -> FastAPI:
     closed = (
         openai.router(fleet),
         embeddings.router(fleet),
+        files.router(fleet, store),
+        batches.router(fleet, batched),
         responses.router(fleet),
         tokens.router(fleet),
         anthropic.router(fleet),

@@ -79,6 +79,10 @@ class Client:
         self.requests = Allowance(entry.requests_per_minute, clock) if entry.requests_per_minute else None
         self.tokens = Allowance(entry.tokens_per_minute, clock) if entry.tokens_per_minute else None
 
+    def pace(self) -> float:
+        """Seconds until half of a minute's requests and tokens are there: the half that requests in the background leave to others."""
+        return max((allowed.wait(max(1, allowed.per_minute // 2)) for allowed in (self.requests, self.tokens) if allowed is not None), default=0.0)
+
 
 class Keys:
     """All keys. A look-up takes the same time whichever key matches, or none."""

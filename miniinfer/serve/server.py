@@ -22,7 +22,7 @@ from miniinfer.serve.metrics import log_throughput
 from miniinfer.serve.prefixes import pin_files
 from miniinfer.utils import get_logger
 
-__all__ = ["Fleet", "Member", "Server", "greeting", "log_throughput", "pin_files", "uvicorn_config"]
+__all__ = ["Fleet", "Member", "Server", "Uvicorn", "greeting", "log_throughput", "pin_files", "uvicorn_config"]
 
 log = get_logger(__name__)
 
@@ -59,7 +59,7 @@ def uvicorn_config(fleet: Fleet) -> uvicorn.Config:
         port=0,  # of no effect where the socket is given
         http=type("Protocol", (_Protocol,), {"most": fleet.config.max_connections}),
         ws="none",
-        lifespan="off",
+        lifespan="auto",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -145,7 +145,16 @@ class _Protocol(HttpToolsProtocol):
         super().resume_writing()
 
 
-class Server(uvicorn.Server):
+class Uvicorn(uvicorn.Server):
+    """uvicorn whose application ends in good order even where connections are cut off."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+
+class Server(Uvicorn):
     """uvicorn under our own signal handling: drain, then abort what is left; a second signal aborts at once."""
 
     def __init__(self, fleet: Fleet, listener: socket.socket) -> None:
