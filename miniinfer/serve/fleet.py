@@ -36,7 +36,6 @@ from miniinfer.utils import get_logger
 log = get_logger(__name__)
 
 PATIENCE = 2.0  # seconds that a busy model may go on taking requests while another waits for its room
-_TICK = 1.0  # seconds between looks at which models are idle
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # taken from generation_config.json
 
 State = Literal["unloaded", "loading", "loaded", "sleeping"]
@@ -374,12 +373,12 @@ class Fleet:
     async def _sweep(self, seconds: float) -> None:
         """Puts away what nobody has asked for in so long."""
         while True:
-            await asyncio.sleep(min(_TICK, seconds))
+            ends = [seconds + member.used for member in self.members.values() if member.state == "loaded" and not member.busy]
+            await asyncio.sleep(max(0.02, min(ends, default=time.monotonic() + seconds) - time.monotonic()))
             for member in list(self.members.values()):
-                if member.state == "loaded" and not member.busy and time.monotonic() - member.used > seconds:
-                    async with self._turn:
-                        if member.state == "loaded" and not member.busy:
-                            await self._put_away(member)
+                async with self._turn:
+                    if member.state == "loaded" and not member.busy and time.monotonic() - member.used >= seconds:
+                        await self._put_away(member)
 
     async def shutdown(self) -> None:
         """Ends all engines."""
