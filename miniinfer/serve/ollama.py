@@ -1,5 +1,5 @@
-"""Ollama's API: chat, generate, embed, and what clients ask about models. Owns its bodies, answers (lines of JSON) and errors; the life of a
-request is service.py's.
+"""Ollama's API: chat, generate and embed. Owns their bodies and answers (lines of JSON); what clients ask about models is ollama_models.py's, the
+life of a request service.py's.
 
 Options of llama.cpp's loading (num_ctx, num_gpu and their like) are taken and ignored: the server was started with its own. Samplers that we do
 not have are refused unless they are off. A model's name may end in ":latest".
@@ -7,30 +7,26 @@ not have are refused unless they are off. A model's name may end in ":latest".
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from miniinfer import __version__
 from miniinfer.data import MAX_LOGPROBS, CompletionOutput, RequestOutput, SamplingParams
 from miniinfer.serve.answers import Prompt, encode
 from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
-from miniinfer.serve.fleet import Fleet, Member
+from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
+from miniinfer.serve.ollama_models import Name, add_routes, now, read, shapes
+from miniinfer.serve.parsers import whole_arguments
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TokenIds, Tools, between, checked
-from miniinfer.serve.schemas import Shape, Version, described
+from miniinfer.serve.schemas import Shape
 from miniinfer.serve.service import Service
 
-_NEVER = "2318-01-01T00:00:00Z"  # when a model that stays is unloaded
 _LINES = "application/x-ndjson"
 
 
@@ -97,13 +93,6 @@ class Options(Strict):
             if raw.get(name) not in (None, off):
                 raise ApiError(400, f"options.{name}: not supported, only {off}, which is off", param=f"options.{name}")
         return raw
-
-
-def _plain(name: str) -> str:
-    return name.removesuffix(":latest")
-
-
-Name = Annotated[str, AfterValidator(_plain)]
 
 
 class Asked(Strict):
@@ -210,21 +199,6 @@ class EmbedRequest(Strict):
     keep_alive: float | str | None = None
 
 
-class ShowRequest(Strict):
-    """/api/show; `name` is an older word for `model`."""
-
-    model: Name | None = None
-    name: Name | None = None
-    verbose: bool = False
-
-    @model_validator(mode="after")
-    def _one(self) -> ShowRequest:
-        self.model = self.model or self.name
-        if self.model is None:
-            raise ApiError(400, "model: required field is missing", param="model")
-        return self
-
-
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
@@ -270,7 +244,7 @@ class OllamaAnswer(ForeignAnswer):
         return self._line(said, self._figures(choice.finish_reason))[:-1]
 
     def _said(self, parts: list[Part], finished: bool) -> dict[str, Any]:
-        """Text, thinking and calls by their names; a call when all of its arguments are there."""
+        """Text, thinking and calls by their names; a call when all of its arguments are there. One that is cut off is text: here, calls are whole."""
         said: dict[str, Any] = {}
         calls = []
         for part in [*parts, *([Part("end")] if finished else [])]:
@@ -279,9 +253,13 @@ class OllamaAnswer(ForeignAnswer):
                 self._call.text += part.text
                 continue
             if self._call is not None:
-                function = {"index": self._calls, "name": self._call.name, "arguments": msgspec.json.decode(self._call.text)}
-                calls.append({"id": self._call.id, "function": function})
-                self._call, self._calls = None, self._calls + 1
+                arguments = whole_arguments(self._call.text)
+                if arguments is None:
+                    said["text"] = said.get("text", "") + f'{{"name": "{self._call.name}", "arguments": {self._call.text}'
+                else:
+                    calls.append({"id": self._call.id, "function": {"index": self._calls, "name": self._call.name, "arguments": arguments}})
+                    self._calls += 1
+                self._call = None
             if part.kind == "call":
                 self._call = part
             elif part.kind != "end":
@@ -302,7 +280,7 @@ class OllamaAnswer(ForeignAnswer):
         }
 
     def _line(self, said: dict[str, Any], figures: dict[str, Any] | None = None) -> bytes:
-        shown = {"model": self._about["model"], "created_at": _now()} | self._content(said)
+        shown = {"model": self._about["model"], "created_at": now()} | self._content(said)
         shown |= {"logprobs": said["logprobs"]} if "logprobs" in said else {}
         return encode(shown | {"done": figures is not None} | (figures or {})) + b"\n"
 
@@ -357,73 +335,7 @@ class EmbedAnswer(EmbeddingAnswer):
         return encode({"model": self._about["model"], "embeddings": self._vectors} | figures)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
-
-
-# ----------------------------------------------------------------------------------------------------------- models
-
-
-def _details(info: dict[str, Any]) -> dict[str, Any]:
-    count, family = info.get("num_parameters", 0), info.get("family", "")
-    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(info.get("dtype", ""), info.get("dtype", ""))
-    return {"parent_model": "", "format": "safetensors", "family": family, "families": [family], "parameter_size": size, "quantization_level": kind}
-
-
-def _model(member: Member) -> dict[str, Any]:
-    """A model, as lists show it; of one that was never loaded not all is known. Its digest is of its files' names, sizes and times: it changes
-    when they do."""
-    info = member.service.engine.info if member.service is not None else {}
-    folder = info.get("folder")
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file()) if folder else []
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in files]
-    changed = max((at for _, _, at in states), default=float(member.created))
-    return {
-        "name": member.name,
-        "model": member.name,
-        "modified_at": datetime.fromtimestamp(changed, UTC).isoformat().replace("+00:00", "Z"),
-        "size": sum(size for name, size, _ in states if name.endswith(".safetensors")),
-        "digest": hashlib.sha256(repr((member.name, states)).encode()).hexdigest(),
-        "details": _details(info),
-    }
-
-
-def _running(member: Member) -> dict[str, Any]:
-    """The same of one in memory."""
-    model, info = _model(member), member.service.engine.info if member.service is not None else {}
-    on_gpu = model["size"] if info.get("device", "cpu") != "cpu" else 0
-    return model | {"expires_at": _NEVER, "size_vram": on_gpu, "context_length": info.get("max_model_len")}
-
-
-def _shown(member: Member, service: Service) -> dict[str, Any]:
-    tokenizer, info = service.engine.tokenizer, service.engine.info
-    template = tokenizer.chat_templates.get("default") if tokenizer else None
-    family = info.get("family", "")
-    able = {"tools": template is not None and "tools" in template.text, "thinking": bool(thinking_variables(service, True))}
-    return {
-        "modelfile": f"FROM {service.model}\n",
-        "parameters": "\n".join(f"{name} {value}" for name, value in service.defaults.items()),
-        "template": template.text if template else "",
-        "details": _details(info),
-        "model_info": {
-            "general.architecture": family,
-            "general.parameter_count": info.get("num_parameters", 0),
-            f"{family}.context_length": info["max_model_len"],
-            f"{family}.vocab_size": info["vocab_size"],
-        },
-        "capabilities": ["completion", *(name for name, has in able.items() if has)],
-        "modified_at": _model(member)["modified_at"],
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------- routes
-
-
-class OllamaErrorShape(Shape):
-    """What went wrong, in Ollama's shape."""
-
-    error: str
 
 
 class Figures(Shape):
@@ -446,35 +358,13 @@ class Embedded(Shape):
     embeddings: list[list[float]]
 
 
-class OllamaModel(Shape):
-    name: str
-    model: str
-    size: int
-    digest: str
-    details: dict[str, Any]
-
-
-class OllamaModels(Shape):
-    models: list[OllamaModel]
-
-
-class Shown(Shape):
-    template: str
-    details: dict[str, Any]
-    model_info: dict[str, Any]
-    capabilities: list[str]
-
-
 def router(fleet: Fleet) -> APIRouter:
     """The routes below /api."""
     routes = APIRouter(prefix="/api")
 
-    def shapes(body: Any, answer: Any, stream: str | None = None) -> dict[str, Any]:
-        return described(body, answer, stream=stream, error=OllamaErrorShape)
-
     @routes.post("/chat", **shapes(OllamaChatRequest, OllamaChatShape, _LINES))
     async def chat(http: Request) -> Response:
-        arrived, (service, request) = time.monotonic_ns(), await _read(fleet, http, OllamaChatRequest)
+        arrived, (service, request) = time.monotonic_ns(), await read(fleet, http, OllamaChatRequest)
         if not request.messages:
             return await _loaded(fleet, request, message={"role": "assistant", "content": ""})
         messages = [message.for_chat(i) for i, message in enumerate(request.messages)]
@@ -484,7 +374,7 @@ def router(fleet: Fleet) -> APIRouter:
 
     @routes.post("/generate", **shapes(GenerateRequest, GenerateShape, _LINES))
     async def generate(http: Request) -> Response:
-        arrived, (service, request) = time.monotonic_ns(), await _read(fleet, http, GenerateRequest)
+        arrived, (service, request) = time.monotonic_ns(), await read(fleet, http, GenerateRequest)
         if not request.prompt:
             return await _loaded(fleet, request, response="")
         answer, params = await _generation(service, request)
@@ -493,7 +383,7 @@ def router(fleet: Fleet) -> APIRouter:
 
     @routes.post("/embed", **shapes(EmbedRequest, Embedded))
     async def embed(http: Request) -> Response:
-        arrived, (service, request) = time.monotonic_ns(), await _read(fleet, http, EmbedRequest)
+        arrived, (service, request) = time.monotonic_ns(), await read(fleet, http, EmbedRequest)
         texts = [request.input] if isinstance(request.input, str) else request.input
         prompts = [Prompt(await service.encode(text, True, "input")) for text in texts]
         if request.truncate:
@@ -504,29 +394,8 @@ def router(fleet: Fleet) -> APIRouter:
         answer.arrived = arrived
         return await service.respond(http, answer, SamplingParams(max_tokens=1))
 
-    @routes.get("/tags", **shapes(None, OllamaModels))
-    async def tags() -> Response:
-        return JSONResponse({"models": [_model(member) for member in fleet.members.values()]})
-
-    @routes.get("/ps", **shapes(None, OllamaModels))
-    async def running() -> Response:
-        return JSONResponse({"models": [_running(member) for member in fleet.members.values() if member.state == "loaded"]})
-
-    @routes.post("/show", **shapes(ShowRequest, Shown))
-    async def show(http: Request) -> Response:
-        service, request = await _read(fleet, http, ShowRequest)
-        return JSONResponse(_shown(fleet.find(request.model), service))
-
-    @routes.get("/version", **shapes(None, Version))
-    async def version() -> Response:
-        return JSONResponse({"version": __version__})
-
+    add_routes(routes, fleet)
     return routes
-
-
-async def _read(fleet: Fleet, http: Request, kind: type[Any]) -> tuple[Service, Any]:
-    """The model and the body. Ollama's users leave curl's content type as it is; a page in a browser, which is told by its origin, may not."""
-    return await fleet.read(http, kind, any_type="origin" not in http.headers)
 
 
 async def _generation(service: Service, request: GenerateRequest) -> tuple[GenerateAnswer, SamplingParams]:
@@ -547,4 +416,4 @@ async def _loaded(fleet: Fleet, request: Asked, **empty: Any) -> Response:
     member, reason = fleet.find(request.model), "unload" if request.keep_alive in (0, "0") else "load"
     if fleet.changes:
         await (fleet.load if reason == "load" else fleet.unload)(member)
-    return JSONResponse({"model": member.name, "created_at": _now(), **empty, "done": True, "done_reason": reason})
+    return JSONResponse({"model": member.name, "created_at": now(), **empty, "done": True, "done_reason": reason})

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miniinfer.serve.parsers.arguments import arguments_so_far, whole_arguments
 from miniinfer.serve.parsers.deltas import CallArguments, CallStart, Content, Delta, OutputParser, Reasoning
 from miniinfer.serve.parsers.formats import ReasoningFormat, ToolFormat, reasoning_format, tool_format
 from miniinfer.serve.parsers.harmony import HarmonyParser
@@ -16,7 +17,18 @@ from miniinfer.serve.parsers.readers import Schemas
 from miniinfer.serve.parsers.reasoning import ReasoningParser
 from miniinfer.serve.parsers.tools import Calls, ToolParser
 
-__all__ = ["CallArguments", "CallStart", "Content", "Delta", "Formats", "OutputParser", "Reasoning", "choose"]
+__all__ = [
+    "CallArguments",
+    "CallStart",
+    "Content",
+    "Delta",
+    "Formats",
+    "OutputParser",
+    "Reasoning",
+    "arguments_so_far",
+    "choose",
+    "whole_arguments",
+]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic_core import from_json
+
 from miniinfer.serve.parsers.cursor import CLOSING, DEEPEST, Cursor, More, No, dump_json, load_json
 from miniinfer.serve.parsers.deltas import held_back
 
@@ -168,6 +170,19 @@ def json_object(text: str) -> str | None:
     arguments, cursor = JsonArguments(), Cursor(text.strip(), 0, True)
     made = arguments.read(cursor)
     return made if arguments.ended and cursor.at == len(cursor.text) else None
+
+
+def whole_arguments(text: str) -> dict[str, Any] | None:
+    """The value of a call's arguments; None if they break off."""
+    try:
+        return dict(from_json(text))
+    except ValueError:
+        return None
+
+
+def arguments_so_far(text: str) -> dict[str, Any]:
+    """The value of what is complete of a call's arguments."""
+    return dict(from_json(text, allow_partial=True)) if text else {}
 
 
 # ----------------------------------------------------------------------------------------------------------- XML forms

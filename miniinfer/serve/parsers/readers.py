@@ -107,10 +107,10 @@ def _json_call(cursor: Cursor, schemas: Schemas, after: After) -> Call:
     try:
         name = _json_head(cursor)
         JsonArguments().check(cursor.copy())
-        if name in schemas:
-            return Call(name, JsonArguments(), behind)
     except No:
-        pass
+        name = ""
+    if name in schemas:
+        return Call(name, JsonArguments(), behind)
     cursor.at = start
     name, arguments = _whole_call(cursor.json())
     return Call(name, WholeArguments(arguments), after)
@@ -166,10 +166,10 @@ def _whole_call(text: str) -> tuple[str, str]:
     try:
         written = msgspec.json.decode(text, type=_Written)
         arguments = json_object((bytes(written.arguments) or bytes(written.parameters) or b"{}").decode())
-        if arguments is not None and _NAME.fullmatch(written.name):
-            return written.name, arguments
     except (ValueError, RecursionError):  # also a wrong type
-        pass
+        arguments = None
+    if arguments is not None and _NAME.fullmatch(written.name):
+        return written.name, arguments
     try:
         return _call_of(load_json(text))
     except ValueError:
