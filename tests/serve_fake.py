@@ -45,6 +45,18 @@ class FakeEngine:
             raise ValueError("prompt: there is no tokenizer; give token ids")
         return self.tokenizer.encode(text, add_special_tokens)
 
+    async def pin(self, id: str, tokens: list[int], cache_salt: str = "") -> RequestOutput:
+        outputs = [out async for out in self.generate(tokens, SamplingParams(max_tokens=1), id, cache_salt=cache_salt, delta=True)]
+        self.pins[id] = tokens, cache_salt
+        return outputs[-1]
+
+    def unpin(self, id: str) -> None:
+        self.pins.pop(id, None)
+
+    async def control(self, command: str) -> Any:
+        assert command == "pins"
+        return {id: {"pages": len(tokens) // 16, "resident": len(tokens) // 16, "hits": 7} for id, (tokens, _) in self.pins.items()}
+
     def abort(self, request_id: str) -> None:
         self._abort.add(request_id)
 
@@ -61,18 +73,6 @@ class FakeEngine:
         assert delta
         validate(prompt, params, self.info, self.tokenizer)
         self.seen.append((prompt, params, priority, cache_salt))
-    async def pin(self, id: str, tokens: list[int], cache_salt: str = "") -> RequestOutput:
-        outputs = [out async for out in self.generate(tokens, SamplingParams(max_tokens=1), id, cache_salt=cache_salt, delta=True)]
-        self.pins[id] = tokens, cache_salt
-        return outputs[-1]
-
-    def unpin(self, id: str) -> None:
-        self.pins.pop(id, None)
-
-    async def control(self, command: str) -> Any:
-        assert command == "pins"
-        return {id: {"pages": len(tokens) // 16, "resident": len(tokens) // 16, "hits": 7} for id, (tokens, _) in self.pins.items()}
-
         ids = [add.id for add in self.processor.add(request_id, None, prompt, params)]
         self.open.add(request_id)
         try:

@@ -24,10 +24,10 @@ from miniinfer.serve import (
     models,
     ollama,
     openai,
+    prefixes,
     responses,
     sglang,
     tokens,
-    prefixes,
     web,
 )
 from miniinfer.serve.admission import Guard
@@ -79,6 +79,7 @@ def build_app(fleet: Fleet) -> FastAPI:
 
     closed = (
         openai.router(fleet),
+        prefixes.router(fleet),
         embeddings.router(fleet),
         files.router(fleet, store),
         batches.router(fleet, batched),
@@ -88,7 +89,6 @@ def build_app(fleet: Fleet) -> FastAPI:
         ollama.router(fleet),
         sglang.router(fleet),
         loads.router(fleet),
-        prefixes.router(fleet),
         models.router(fleet),
         control,
     )
