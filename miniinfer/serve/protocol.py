@@ -67,7 +67,15 @@ IGNORED = frozenset("metadata prediction prompt_cache_key prompt_cache_options s
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
 _NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens guided_json guided_regex guided_choice".split()
 _NOT_WITH_BEAMS += ["guided_grammar", "structured_outputs"]
-UNSUPPORTED = frozenset("audio function_call functions moderation web_search_options".split())
+UNSUPPORTED = {
+    "audio": "not supported; the model writes text",
+    "function_call": "not supported; it is called tool_choice now",
+    "functions": "not supported; they are given as tools now",
+    "moderation": "not supported; ask a model for it in a request of its own",
+    "web_search_options": "not supported; offer a search of your own as one of the tools",
+}
+# Fields of an assistant's message as it was answered, by us or by what stands between us and the client, that say nothing new when it comes back.
+_ANSWERED = ("refusal", "annotations", "provider_specific_fields", "reasoning_details", "thinking_blocks")
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
@@ -207,16 +215,16 @@ class Sampling(Truncation):
     def _known_foreign_fields(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        for field in UNSUPPORTED & raw.keys():
-            if raw[field] not in (None, "", []):
-                _refuse(field, "not supported")
+        for field, why in UNSUPPORTED.items():
+            if raw.get(field) not in (None, "", []):
+                _refuse(field, why)
         return {k: v for k, v in raw.items() if k not in IGNORED and k not in UNSUPPORTED}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         shown = super().__get_pydantic_json_schema__(core, handler)
         foreign: dict[str, Any] = {field: {"description": "accepted and ignored"} for field in IGNORED}
-        foreign |= {field: {"enum": [None, "", []], "description": "not supported"} for field in UNSUPPORTED}
+        foreign |= {field: {"enum": [None, "", []], "description": why} for field, why in UNSUPPORTED.items()}
         schema = handler.resolve_ref_schema(shown)
         schema["properties"] = {**foreign, **schema["properties"]}
         return shown
@@ -367,13 +375,13 @@ class Message(Strict):
     @classmethod
     def _drop_answers_own_fields(cls, raw: Any) -> Any:
         """Clients send the assistant's message back as they got it, with fields that say nothing new."""
-        return {k: v for k, v in raw.items() if k not in ("refusal", "annotations")} if isinstance(raw, dict) else raw
+        return {k: v for k, v in raw.items() if k not in _ANSWERED} if isinstance(raw, dict) else raw
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         shown = super().__get_pydantic_json_schema__(core, handler)
         schema = handler.resolve_ref_schema(shown)
-        schema["properties"] |= {name: {"description": "accepted and ignored"} for name in ("refusal", "annotations")}
+        schema["properties"] |= {name: {"description": "accepted and ignored"} for name in _ANSWERED}
         calls = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
         schema["anyOf"] = [{"required": ["content"], "properties": {"content": _CONTENT}}, {"required": ["tool_calls"], "properties": calls}]
         return shown
@@ -421,7 +429,8 @@ def _functions_only(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for i, tool in enumerate(tools):
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"tool {i} must be {{'type': 'function', 'function': {{'name': ...}}}}")
+            what = f"tool {i} must be {{'type': 'function', 'function': {{'name': ...}}}}"
+            raise ValueError(what + ("; custom tools are possible in /v1/responses" if tool.get("type") == "custom" else ""))
     return tools
 
 
@@ -458,6 +467,7 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _only_what_we_can(self) -> ChatRequest:
         try:
+            self.tool_choice, self.tools = tools_grammar.only_allowed(self.tool_choice, self.tools)
             tools_grammar.check_choice(self.tool_choice, self.tools)
         except ValueError as e:
             raise ApiError.from_value_error(e) from None

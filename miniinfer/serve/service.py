@@ -113,7 +113,7 @@ class Service:
         limit, length = self.engine.info["max_model_len"], len(prompt.token_ids)
         if length + (max_tokens or 1) > limit:
             asked = f"{length} prompt tokens" + (f" and {max_tokens} for the answer" if max_tokens else "")
-            message = f"the model's context is {limit} tokens, but the request has {asked}"
+            message = f"this model's maximum context length is {limit} tokens, but the request has {asked}"  # clients look for its first words
             raise ApiError(400, message, param="max_tokens" if length < limit else None, code="context_length_exceeded")
 
     # ------------------------------------------------------------------------------------------------------ answers

@@ -22,12 +22,30 @@ _TAG = re.compile(r"<[^<>\n]+>|\[TOOL_CALLS\]")  # what a format's calls begin w
 
 _NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False}
 _NAMED = {"type": {"const": "function"}, "function": _NAME}
+_ONE: Form = {"type": "object", "properties": _NAMED, "required": list(_NAMED), "additionalProperties": False}
+_SOME = {"mode": {"enum": ["auto", "required"]}, "tools": {"type": "array", "items": _ONE, "minItems": 1}}
+_ALLOWED = {"type": {"const": "allowed_tools"}, "allowed_tools": {"type": "object", "properties": _SOME, "required": list(_SOME)}}
 CHOICE_SCHEMA: Form = {  # what /openapi.json shows
     "anyOf": [
         {"enum": ["none", "auto", "required"]},
-        {"type": "object", "properties": _NAMED, "required": list(_NAMED), "additionalProperties": False},
+        _ONE,
+        {"type": "object", "properties": _ALLOWED, "required": list(_ALLOWED), "additionalProperties": False},
     ]
 }
+
+
+def only_allowed(choice: Any, tools: list[dict[str, Any]] | None) -> tuple[Any, list[dict[str, Any]] | None]:
+    """A `tool_choice` that allows some of the tools as a plain one, and these tools: the model does not see the others."""
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return choice, tools
+    given = choice.get("allowed_tools")
+    mode, listed = (given.get("mode"), given.get("tools")) if isinstance(given, dict) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
+        raise ValueError("tool_choice: allowed_tools must be {'mode': 'auto' or 'required', 'tools': [{'type': 'function', 'function': ...}, ...]}")
+    for one in listed:
+        check_choice(one if isinstance(one, dict) else [one], tools)
+    names = [one["function"]["name"] for one in listed]
+    return mode, [tool for tool in tools or () if tool["function"]["name"] in names]
 
 
 def check_choice(choice: Any, tools: Sequence[dict[str, Any]] | None) -> None:
@@ -40,7 +58,9 @@ def check_choice(choice: Any, tools: Sequence[dict[str, Any]] | None) -> None:
         return
     function = choice.get("function") if isinstance(choice, dict) and set(choice) == {"type", "function"} else None
     if not isinstance(function, dict) or set(function) != {"name"} or choice["type"] != "function":
-        raise ValueError("tool_choice: must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}")
+        raise ValueError(
+            f"tool_choice: must be 'none', 'auto', 'required' or {{'type': 'function', 'function': {{'name': ...}}}}, got {choice!r}"[:300]
+        )
     if function["name"] not in [tool["function"]["name"] for tool in tools]:
         raise ValueError(f"tool_choice: there is no tool {function['name']!r}")
 
@@ -59,7 +79,7 @@ def constraint(
     if choice not in (None, "auto", "none"):
         if format is None:
             raise ValueError("tool_choice: the server reads no tool calls (tool_call_parser), only 'auto' and 'none' are possible")
-        if wanted is not None:
+        if wanted is not None and wanted.field != "response_format":  # that is about text, of which there is none beside forced calls
             raise ValueError(f"tool_choice: {choice!r} leaves no room for {wanted.field}")
         named = choice["function"]["name"] if isinstance(choice, dict) else None
         called = [tool for tool in tools if named in (None, tool["function"]["name"])]

@@ -60,3 +60,71 @@ def test_errors_carry_a_request_id_in_both_headers(server: Server) -> None:
     assert answer.status_code == 404 and answer.headers["request-id"] == answer.headers["x-request-id"] != ""
     answer = post(server, "/v1/messages", {"model": "tiny", "max_tokens": 5, "messages": HELLO})
     assert answer.headers["request-id"] == answer.json()["id"] and len(answer.headers.get_list("request-id")) == 1
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": name, "parameters": WEATHER}} for name in ("weather", "time")]
+
+
+def chat(server: Server, status: int = 200, **fields: Any) -> Any:
+    answer = post(server, "/v1/chat/completions", {"model": "tiny", "messages": HELLO, **fields})
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def test_an_assistants_message_comes_back_with_what_routers_add_to_it(server: Server) -> None:
+    """LiteLLM's and OpenRouter's users send whole messages back."""
+    server.engine.reply = lambda prompt: CALL
+    said = chat(server, tools=TOOLS)["choices"][0]["message"]
+    added: Any = {
+        "provider_specific_fields": {"refusal": None},
+        "reasoning_details": [],
+        "thinking_blocks": None,
+        "function_call": None,
+        "audio": None,
+    }
+    result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "sunny"}
+    chat(server, tools=TOOLS, messages=[*HELLO, {**said, **added}, result])
+    assert "sunny" in prompt_of(server)
+
+
+def test_a_choice_among_some_of_the_tools(server: Server) -> None:
+    one = {"type": "function", "function": {"name": "time"}}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [one]}}
+    chat(server, tools=TOOLS, tool_choice=choice)
+    params = server.engine.seen[-1][1]
+    assert "time" in params.structured_outputs.text and "weather" not in params.structured_outputs.text
+    assert '"time"' in prompt_of(server) and '"weather"' not in prompt_of(server)
+    choice["allowed_tools"]["mode"] = "auto"
+    chat(server, tools=TOOLS, tool_choice=choice)
+    assert server.engine.seen[-1][1].structured_outputs is None
+    for bad in ({"mode": "none", "tools": [one]}, {"mode": "auto", "tools": []}, {"mode": "auto", "tools": ["auto"]}, None):
+        assert chat(server, 400, tools=TOOLS, tool_choice={**choice, "allowed_tools": bad})["error"]["param"] == "tool_choice"
+    missing = {"type": "function", "function": {"name": "nothing"}}
+    assert (
+        "nothing" in chat(server, 400, tools=TOOLS, tool_choice={**choice, "allowed_tools": {"mode": "auto", "tools": [missing]}})["error"]["message"]
+    )
+
+
+def test_a_forced_call_beside_a_format_of_the_text(server: Server) -> None:
+    """Instructor and agents name both: the format is for an answer in words, which a forced call is not."""
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "title": "words"}}}
+    chat(server, tools=TOOLS, tool_choice="required", response_format=format)
+    assert "words" not in server.engine.seen[-1][1].structured_outputs.text
+    assert chat(server, 400, tools=TOOLS, tool_choice="required", guided_regex="a")["error"]["param"] == "tool_choice"
+
+
+def test_refusals_say_what_to_do_instead(server: Server) -> None:
+    for fields, word in (
+        ({"functions": [{"name": "f"}]}, "tools"),
+        ({"function_call": "auto"}, "tool_choice"),
+        ({"web_search_options": {"user_location": None}}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "/v1/responses"),
+    ):
+        error = chat(server, 400, **fields)["error"]
+        assert error["param"] == next(iter(fields)) and word in error["message"]
+
+
+def test_too_long_a_prompt_is_called_that(server: Server) -> None:
+    """LiteLLM, agents and editors know by these words that they have to shorten the conversation."""
+    error = chat(server, 400, messages=[{"role": "user", "content": "x" * 3000}])["error"]
+    assert error["code"] == "context_length_exceeded" and error["message"].startswith("this model's maximum context length is 2048 tokens")

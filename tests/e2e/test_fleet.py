@@ -45,7 +45,7 @@ def test_taking_turns(turns: ServerProcess, folder: Path) -> None:
     states = {model.id: model.model_dump()["status"]["value"] for model in client.models.list()}
     assert sorted(states.values()).count("loaded") in (1, 2) and turns.get("/health")[0] == 200  # 2: the alias, too
     assert httpx.get(turns.url.removesuffix("/v1") + "/api/ps").json()["models"][0]["model"] in (first, "talker")
-    with pytest.raises(openai.BadRequestError, match="context is 512 tokens"):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
         client.completions.create(model="talker", prompt="Once", max_tokens=600)
 
 
