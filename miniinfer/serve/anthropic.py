@@ -1,7 +1,7 @@
 """Anthropic's API: messages and the count of their tokens. Owns its bodies, answers, stream events and errors; a conversation runs as OpenAI's do.
 
 What has no meaning here (metadata, service_tier and their like) is taken and ignored; what would change the answer and cannot be done (images,
-documents, server tools, an answer's beginning given by the client) is refused. Every prefix is cached anyway: `cache_control` has those that it marks
+documents, server tools) is refused. Every prefix is cached anyway: `cache_control` has those that it marks
 kept for its time, evicted after all that is not marked.
 """
 
@@ -27,7 +27,7 @@ from miniinfer.serve.schemas import Shape, described
 from miniinfer.serve.service import Service
 
 LONG = 3600  # seconds of the longer of the two times that a mark can name
-_NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+_NAMES = {"continue_final_message": "messages", "stop": "stop_sequences", "response_format": "output_config.format"}
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
@@ -181,12 +181,13 @@ class CountRequest(Strict):
 
     def chat(self, service: Service, **more: Any) -> ChatRequest:
         """The same conversation as OpenAI's API has it."""
-        if self.messages[-1].role == "assistant":
-            raise ApiError(400, "messages: the last one must be the user's; the beginning of an answer cannot be given", param="messages")
+        begun = self.messages[-1].role == "assistant"
+        if begun and any(isinstance(block, ToolUseBlock) for block in self.messages[-1].content):
+            raise ApiError(400, "messages: the last one has calls; their results must follow", param="messages")
         messages = [{"role": "system", "content": _text(self.system)}] if self.system else []
         for i, message in enumerate(self.messages):
             messages += _messages(message, i)
-        fields: dict[str, Any] = {"model": self.model, "messages": messages, **more}
+        fields: dict[str, Any] = {"model": self.model, "messages": messages, "continue_final_message": begun, **more}
         if self.tools:
             fields["tools"] = [_function(tool) for tool in self.tools]
         if self.tool_choice is not None:

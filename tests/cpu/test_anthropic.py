@@ -207,7 +207,7 @@ def test_async_client(server: Server) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "bogus": 1}]}]}, "messages.0.content.0.text.bogus"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]}, "messages.0.content.0"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "I"}]}, "messages"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]}, "messages"),
         ({"tools": [{"name": "x"}]}, "tools.0.input_schema"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
@@ -219,6 +219,14 @@ def test_a_bad_field_is_named(server: Server, change: dict[str, Any], named: str
     body = json.loads(raw)
     assert status == 400 and body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"].startswith(named), body
+
+
+def test_an_answer_that_the_client_begins(server: Server, client: anthropic.Anthropic) -> None:
+    begun: Any = [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": "I say "}]}]
+    message = client.messages.create(model="tiny", max_tokens=9, messages=begun)
+    assert [block.text for block in message.content] == ["hello there"]  # type: ignore[union-attr]
+    assert prompt_of(server).endswith("<|im_start|>assistant\nI say ")
+    assert client.messages.count_tokens(model="tiny", messages=begun).input_tokens == len(server.engine.seen[-1][0])
 
 
 def test_errors_are_the_clients_own(server: Server, client: anthropic.Anthropic) -> None:
