@@ -10,7 +10,7 @@ from typing import Any
 
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams, SequenceUpdate, TokenLogprobs
-from miniinfer.engine.client import EngineDeadError
+from miniinfer.engine.client import EngineAsleepError, EngineDeadError
 from miniinfer.engine.output import OutputProcessor, validate
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.fleet import Fleet
@@ -39,6 +39,26 @@ class FakeEngine:
         self.open: set[str] = set()
         self.aborted: list[str] = []
         self._abort: set[str] = set()
+        self.can_sleep, self.sleep_level, self.no_room = False, 0, False
+        self.changes: list[Any] = []  # what sleep and wake_up were asked
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.sleep_level > 0
+
+    async def sleep(self, level: int = 1, mode: str = "wait", tags: list[str] | None = None) -> dict[str, Any]:
+        if not self.can_sleep:
+            raise ValueError("enable_sleep_mode: the engine was started without it, so it cannot sleep")
+        self.changes.append((level, mode, tags))
+        self.sleep_level = level
+        return {"level": level, "asleep": tags or ["weights", "kv_cache"], "bytes": 7}
+
+    async def wake_up(self, tags: list[str] | None = None) -> dict[str, Any]:
+        self.changes.append(tags)
+        if self.no_room:
+            raise RuntimeError("the GPU has no 1.00 GiB free")
+        self.sleep_level = 0
+        return {"level": 0, "asleep": [], "bytes": 7}
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
@@ -72,6 +92,8 @@ class FakeEngine:
     ) -> AsyncGenerator[RequestOutput]:
         assert delta
         validate(prompt, params, self.info, self.tokenizer)
+        if self.is_sleeping:
+            raise EngineAsleepError("the engine is asleep: it takes no requests until it is woken up")
         self.seen.append((prompt, params, priority, cache_salt))
         ids = [add.id for add in self.processor.add(request_id, None, prompt, params)]
         self.open.add(request_id)

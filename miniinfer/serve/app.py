@@ -27,6 +27,7 @@ from miniinfer.serve import (
     prefixes,
     responses,
     sglang,
+    sleep,
     tokens,
     web,
 )
@@ -88,6 +89,7 @@ def build_app(fleet: Fleet) -> FastAPI:
         anthropic.router(fleet),
         ollama.router(fleet),
         sglang.router(fleet),
+        sleep.router(fleet),
         loads.router(fleet),
         models.router(fleet),
         control,

@@ -29,6 +29,7 @@ VLLM, OURS = "vllm:", "miniinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by AsyncEngine.sleep_level
 REASONS = ("stop", "length", "abort", "error")  # series that exist from the start, so that their rates do
 
 # name -> (key in the engine's stats, help)
@@ -79,6 +80,7 @@ class Engine(Protocol):
 
     stats: dict[str, float]
     info: dict[str, Any]
+    sleep_level: int
 
 
 class Metrics:
@@ -106,6 +108,8 @@ class Metrics:
         stats, info, shape = engine.stats, engine.info, ("block_size", "num_gpu_blocks")
         for name, (key, text) in GAUGES.items():
             yield _filled(GaugeMetricFamily(name, text, labels=label), {(): stats.get(key, 0)}, value)
+        states: dict[tuple[str, ...], float] = {(state,): float(engine.sleep_level == level) for level, state in enumerate(SLEEP_STATES)}
+        yield _filled(GaugeMetricFamily(VLLM + "engine_sleep_state", "1 for the state it is in.", labels=[*label, "sleep_state"]), states, value)
         for name, (key, text) in COUNTERS.items():
             yield _filled(CounterMetricFamily(name, text, labels=label), {(): stats.get(key, 0)}, value)
         yield _filled(CounterMetricFamily(VLLM + "prompt_tokens", "Tokens of prompts begun.", labels=label), {(): self.prompt_tokens}, value)

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
-from miniinfer.engine.client import AsyncEngine, EngineDeadError
+from miniinfer.engine.client import AsyncEngine, EngineAsleepError, EngineDeadError
 from miniinfer.serve.admission import BACKGROUND_PRIORITY, DRAINING, Gate, caller, deadline_seconds
 from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.metrics import Metrics, Timer
@@ -323,6 +323,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, EngineDeadError):
         return ApiError(503, "the engine has died")
+    if isinstance(error, EngineAsleepError):
+        return ApiError(503, str(error), code="asleep")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     return ApiError(500, "internal error; the server's log says more")

@@ -6,8 +6,12 @@ import asyncio
 import ctypes
 import dataclasses
 import gc
+import json
 import os
+import re
 import signal
+import urllib.error
+import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from harness import HYBRID, MOE, SHAPE, Wanted, make_core, run
+from serve_fake import FakeEngine, Server
 from tiny import tiny_folder
 
 from miniinfer import LLM
@@ -490,3 +495,61 @@ def test_what_a_client_of_a_process_is_refused() -> None:
         asyncio.run(plain.sleep())
     with pytest.raises(RuntimeError, match="not been started"):
         asyncio.run(plain.wake_up())
+
+
+# -------------------------------------------------------------------------------------------------------------- HTTP
+
+
+def ask(server: Server, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"content-type": "application/json"} if data else {}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read())
+
+
+def test_routes_of_vllm_and_sglang() -> None:
+    engine = FakeEngine(None)
+    completion = {"prompt": [1, 2, 3], "max_tokens": 1}
+    with Server(engine) as server:
+        status, answer = ask(server, "POST", "/sleep")
+        assert status == 400 and answer["error"]["param"] == "enable_sleep_mode"
+        engine.can_sleep = True
+        assert ask(server, "GET", "/is_sleeping") == (200, {"is_sleeping": False})
+        assert ask(server, "POST", "/sleep?level=2&mode=abort")[1]["level"] == 2
+        assert ask(server, "GET", "/is_sleeping?model=tiny") == (200, {"is_sleeping": True})
+        status, answer = ask(server, "POST", "/v1/completions", completion)
+        assert status == 503 and answer["error"]["code"] == "asleep" and "asleep" in answer["error"]["message"]
+        assert states(server) == {"awake": 0, "weights_offloaded": 0, "discard_all": 1}
+        engine.no_room = True
+        status, answer = ask(server, "POST", "/wake_up")
+        assert status == 503 and "no 1.00 GiB free" in answer["error"]["message"]
+        engine.no_room = False
+        assert ask(server, "POST", "/wake_up?tags=weights&tags=kv_cache")[0] == 200
+        assert states(server) == {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
+        assert ask(server, "POST", "/v1/completions", completion)[0] == 200
+        assert ask(server, "POST", "/sleep")[1] == {"level": 1, "asleep": ["weights", "kv_cache"], "bytes": 7}
+        assert states(server) == {"awake": 0, "weights_offloaded": 1, "discard_all": 0}
+        assert ask(server, "POST", "/resume_memory_occupation", b"")[0] == 200
+        assert ask(server, "POST", "/release_memory_occupation", {"tags": ["kv_cache"]})[0] == 200
+        assert ask(server, "POST", "/resume_memory_occupation", {"tags": ["kv_cache"], "model": "tiny"})[0] == 200
+        assert engine.changes == [(2, "abort", None), None, ["weights", "kv_cache"], (1, "wait", None), None, (1, "wait", ["kv_cache"]), ["kv_cache"]]
+        for path, body, field in (
+            ("/sleep?level=3", None, "level"),
+            ("/sleep?mode=keep", None, "mode"),
+            ("/wake_up?tags=scheduling", None, "tags"),
+            ("/release_memory_occupation", {"tags": ["cuda_graph"]}, "tags"),
+            ("/resume_memory_occupation", {"tag": ["weights"]}, "tag"),
+        ):
+            status, answer = ask(server, "POST", path, body)
+            assert status == 400 and field in answer["error"]["message"], (path, answer)
+        assert ask(server, "POST", "/sleep?model=other")[0] == 404 and len(engine.changes) == 7
+
+
+def states(server: Server) -> dict[str, float]:
+    """vLLM's gauge."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as response:
+        found = re.findall(r'^vllm:engine_sleep_state{.*sleep_state="(\w+)"} (\S+)$', response.read().decode(), re.MULTILINE)
+    return {state: float(value) for state, value in found}
