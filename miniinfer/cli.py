@@ -124,7 +124,7 @@ def add_options(parser: Parser, cls: type, *, only: Iterable[str] = (), skip: It
             settings.update(type=option.kind, metavar={int: "N", float: "X"}.get(option.kind, "TEXT"))
             if option.many:
                 settings["action"] = "append"
-        group.add_argument("--" + option.flag.replace("_", "-"), **settings)
+        group.add_argument(*("-" * min(2, len(name)) + name.replace("_", "-") for name in option.flag.split()), **settings)
 
 
 def take(cls: type[T], args: argparse.Namespace) -> T:
@@ -375,6 +375,35 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------- batch
+
+BATCH_MODEL = ("served_model_name", "chat_template", "tool_call_parser", "reasoning_parser", "models", "max_loaded_models", "max_body_mib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Requests as OpenAI's batches have them. Those whose custom_id is in the output file already are not run again."""
+
+    input_file: str | None = opt(None, "JSONL file: custom_id, method, url and body in every line", flag="i input_file")
+    output_file: str | None = opt(None, "JSONL file that answers and errors are added to", flag="o output_file")
+
+
+def _batch_options(parser: Parser) -> None:
+    add_options(parser, BatchOptions)
+    add_options(parser, ServerConfig, only=BATCH_MODEL)
+    add_options(parser, EngineConfig, positional="model", skip=("profile",))
+
+
+def _batch(args: argparse.Namespace) -> int:
+    options = take(BatchOptions, args)
+    if options.input_file is None or options.output_file is None:
+        raise ConfigError("input_file and output_file: both are needed: miniinfer batch -i in.jsonl -o out.jsonl MODEL")
+    from miniinfer.serve.batch_run import run
+
+    setup_logging("warning")
+    return run(Path(options.input_file), Path(options.output_file), take(EngineConfig, args), take(ServerConfig, args))
+
+
 # ------------------------------------------------------------------------------------------------------ bench, train
 
 
@@ -456,6 +485,7 @@ COMMANDS = {
     "serve": Command("OpenAI-compatible server", _serve_options, _serve),
     "chat": Command("talk to a model in the terminal", _chat_options, _chat),
     "generate": Command("continue prompts from arguments, a file or standard input", _generate_options, _generate),
+    "batch": Command("run a file of requests, as OpenAI's batches have them, without a server", _batch_options, _batch),
     "info": Command("what a checkpoint is and the memory it needs", _info_options, _info),
     "bench offline": Command("throughput and latency of the engine beside their physical floors", _offline_options, _offline),
     "bench start": Command("time from a process's start to the first token, by stages", _start_options, _start),

@@ -20,7 +20,8 @@ class ConfigError(ValueError):
 
 
 def opt(default: Any, help: str, choices: tuple[str, ...] = (), flag: str = "") -> Any:
-    """A dataclass field with the one description that `--help` and the docs derive from. `flag`: its option's name, if not the field's."""
+    """A dataclass field with the one description that `--help` and the docs derive from. `flag`: its option's name, if not the field's,
+    and perhaps a letter before it."""
     return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
 
 
@@ -445,8 +446,7 @@ class ServerConfig:
     max_waiting_tokens: int = opt(8 << 20, "tokens of unfinished requests, prompts and most output together; above it a request gets 429")
     max_connections: int = opt(4096, "open connections; above it the one that has been idle longest is closed")
     files_dir: str | None = opt(None, "folder for uploaded files and batches, which go on after a restart (a temporary one if not given)")
-    max_file_mib: int = opt(200, "largest uploaded file, MiB; above it an upload gets 413")
-    max_files_gib: int = opt(10, "most disk space for one client's files, GiB; above it an upload gets 413")
+    max_file_mib: int = opt(200, "largest uploaded file, MiB; above it, or fifty times it for all files of a client, an upload gets 413")
     max_body_mib: int = opt(16, "largest request body, MiB; above it a request gets 413")
     log_level: str = opt("info", "how much is logged", ("debug", "info", "warning", "error"))
     log_format: str = opt("text", "lines for people, or JSON objects for programs", ("text", "json"))
@@ -462,7 +462,7 @@ class ServerConfig:
             raise ConfigError("ssl_certfile and ssl_keyfile: give both, or neither")
         if self.max_loaded_models < 0 or self.model_idle_seconds < 0:
             raise ConfigError("max_loaded_models and model_idle_seconds: must not be negative")
-        for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_file_mib", "max_files_gib", "max_body_mib"):
+        for name in ("max_waiting", "max_waiting_tokens", "max_connections", "max_file_mib", "max_body_mib"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
 

@@ -28,7 +28,6 @@ log = get_logger(__name__)
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_ID = 512  # characters of a custom_id
 MAX_ERRORS = 100  # shown of a file
-HELD = 128  # lines of one batch in memory, those that wait for their turn among them
 LOOK = 0.25  # seconds between looks whether there is room for more, where nothing else tells
 AGAIN = 1.0  # seconds until a line is tried again that the server had no place for, where it does not say when
 NO_PLACE = (429, 503)  # statuses that are not the line's fault
@@ -349,30 +348,42 @@ async def run_lines(
     run: Callable[[Line], Awaitable[Result]],
     keep: Callable[[list[Result]], Awaitable[None]],
     slots: Slots,
+    most: int,
     pace: Callable[[], float] | None = None,
 ) -> None:
-    """Runs lines, as many at once as there are slots, and hands results to `keep`, several at a time if they come faster than it takes them. A line
-    for which the server has no place is tried again later; `pace` says how long the next one has to wait in any case. If this is cancelled, what is
-    finished is still kept, and what is not is given up."""
+    """Runs lines, as many at once as there are slots but at most so many, and hands results to `keep`, several at a time if they come faster than it
+    takes them. A line for which the server has no place is tried again later; `pace` says how long the next one has to wait in any case. If this is
+    cancelled, what is finished is still kept, and what is not is given up."""
     finished: asyncio.Queue[Result | None] = asyncio.Queue()
-    turn, held = asyncio.Lock(), asyncio.Semaphore(HELD)
+    turn, held, loop = asyncio.Lock(), asyncio.Semaphore(most), asyncio.get_running_loop()
     pause = 0.0  # on the loop's clock: until then the server has no place for more of these
+
+    taken = 0  # slots
+
+    async def enter() -> None:
+        nonlocal taken
+        async with turn:  # in their order, and none while one waits
+            while (wait := max(pause - loop.time(), 0.0 if pace is None else pace())) > 0:
+                await asyncio.sleep(wait)
+            await slots.enter()
+            taken += 1
+
+    def leave() -> None:
+        nonlocal taken
+        taken -= 1
+        slots.leave()
 
     async def one(line: Line) -> None:
         nonlocal pause
-        loop = asyncio.get_running_loop()
         while True:
-            async with turn:  # in their order, and none while one waits
-                while (wait := max(pause - loop.time(), 0.0 if pace is None else pace())) > 0:
-                    await asyncio.sleep(wait)
-                await slots.enter()
             try:
                 result = await run(line)
             finally:
-                slots.leave()
+                leave()
             if result.status not in NO_PLACE:
                 break
             pause = max(pause, loop.time() + result.retry_after)
+            await enter()
         finished.put_nowait(result)
         held.release()
 
@@ -380,8 +391,10 @@ async def run_lines(
         async with asyncio.TaskGroup() as group:
             while True:
                 await held.acquire()
-                line = await asyncio.to_thread(next, lines, None)
+                await enter()
+                line = await asyncio.to_thread(next, lines, None)  # not before there is room for it
                 if line is None:
+                    leave()
                     return
                 group.create_task(one(line))
 
@@ -401,6 +414,8 @@ async def run_lines(
     finally:
         work.cancel()
         ended = await asyncio.gather(work, return_exceptions=True)
+        while taken:  # by lines that were given up before they began
+            leave()
         finished.put_nowait(None)
         await writer
     if isinstance(ended[0], Exception):

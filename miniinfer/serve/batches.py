@@ -238,8 +238,11 @@ class Batches:
     def _seats(self) -> int:
         """Lines that may run now: half of what the engine can run at once, and few where others want something of it."""
         admission = self._fleet.gate.admission
-        seats = int(self._fleet.default.engine.info.get("max_num_seqs", 256))
-        return max(1, seats // 8 if admission.requests > admission.background else seats // 2)
+        return max(1, self._most // 4 if admission.requests > admission.background else self._most)
+
+    @property
+    def _most(self) -> int:
+        return max(1, int(self._fleet.default.engine.info.get("max_num_seqs", 256)) // 2)
 
     async def _live(self, record: Record) -> None:
         """From wherever a batch is to its end. A server that stops leaves it where it is."""
@@ -306,7 +309,7 @@ class Batches:
         if record.status == "cancelling":
             return "cancelled"
         pace = caller.client.pace if caller.client is not None else None
-        work = self._working[record.id] = asyncio.create_task(run_lines(left, run, keep, self._slots, pace))
+        work = self._working[record.id] = asyncio.create_task(run_lines(left, run, keep, self._slots, self._most, pace))
         try:
             await asyncio.wait((work,), timeout=max(0.0, record.expires_at - time.time()))
         finally:

@@ -25,6 +25,7 @@ from miniinfer.config import ConfigError, ServerConfig
 from miniinfer.serve.protocol import ApiError
 
 MAX_FILES = 10_000  # of one client
+LARGEST = 50  # files of the largest size that one client may have
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Store:
         self.entries: dict[str, Entry] = {}  # in the order of their creation
         self.needed: Counter[str] = Counter()  # ids of files that must not go now, and for how many that is so
         self._folder = config.files_dir
-        self.max_file, self._max_all = config.max_file_mib << 20, config.max_files_gib << 30
+        self.max_file, self._max_all = config.max_file_mib << 20, LARGEST * config.max_file_mib << 20
         self._used: Counter[str] = Counter()  # bytes by client, uploads that are still coming among them
         if self._folder is not None:
             found = [read(Entry, path) for path in self.root.glob("files/*.json")]
@@ -133,7 +134,7 @@ class Store:
         """Counts bytes that arrive or, if less than 0, gives them back. ApiError 413 if the client has too many."""
         self._used[owner] += size
         if size > 0 and self._used[owner] > self._max_all:
-            raise ApiError(413, f"your files have reached {self._max_all >> 30} GiB (--max-files-gib); delete some", code="storage_limit_reached")
+            raise ApiError(413, f"your files have reached {self._max_all >> 20} MiB ({LARGEST} x --max-file-mib); delete some", code="storage_full")
 
 
 class Upload:
@@ -141,7 +142,7 @@ class Upload:
 
     def __init__(self, store: Store, owner: str) -> None:
         if len(store.of(owner)) >= MAX_FILES:
-            raise ApiError(413, f"you have {MAX_FILES} files; delete some", code="storage_limit_reached")
+            raise ApiError(413, f"you have {MAX_FILES} files; delete some", code="storage_full")
         self._store, self._owner, self._size = store, owner, 0
         self._path = store.path(new_id("file-"))
 

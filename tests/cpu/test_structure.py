@@ -132,12 +132,13 @@ def option_classes() -> list[type]:
     from miniinfer.bench.offline import OfflineBench
     from miniinfer.bench.serving import ServingBench
     from miniinfer.bench.start import StartBench
-    from miniinfer.cli import ChatOptions, GenerateOptions
+    from miniinfer.cli import BatchOptions, ChatOptions, GenerateOptions
     from miniinfer.config import EngineConfig, ServerConfig
     from miniinfer.models.describe import InfoOptions
     from miniinfer.train.trainer import TrainConfig
 
-    return [EngineConfig, ServerConfig, ChatOptions, GenerateOptions, InfoOptions, KernelBench, OfflineBench, ServingBench, StartBench, TrainConfig]
+    commands = [BatchOptions, ChatOptions, GenerateOptions, InfoOptions, KernelBench, OfflineBench, ServingBench, StartBench, TrainConfig]
+    return [EngineConfig, ServerConfig, *commands]
 
 
 def test_options_are_few_and_described() -> None:
