@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from miniinfer.data import CompletionOutput
+from miniinfer.data import CompletionOutput, SamplingParams
 from miniinfer.serve.answers import encode
+from miniinfer.serve.anthropic_fields import known_fields, plain_block
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
 from miniinfer.serve.prefixes import common_prefix
@@ -44,7 +45,8 @@ class AnthropicError(ApiError):
 
     def body(self) -> bytes:
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return encode({"type": "error", "error": {"type": kind, "message": self.message}})
+        details = {"details": {"error_code": self.code}} if self.code is not None else {}
+        return encode({"type": "error", "error": {"type": kind, "message": self.message, **details}})
 
 
 # ----------------------------------------------------------------------------------------------------------- bodies
@@ -108,7 +110,7 @@ def _or_text(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": "string"}, listed]
 
 
-Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks), Field(json_schema_extra=_or_text)]
+Texts = Annotated[list[Annotated[TextBlock, BeforeValidator(plain_block)]], BeforeValidator(_as_blocks), Field(json_schema_extra=_or_text)]
 
 
 class ToolResultBlock(Strict):
@@ -121,7 +123,8 @@ class ToolResultBlock(Strict):
     cache_control: CacheControl | None = None
 
 
-Block = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+_Block = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+Block = Annotated[_Block, BeforeValidator(plain_block)]
 
 
 class MessageParam(Strict):
@@ -178,6 +181,8 @@ class CountRequest(Strict):
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
+
+    _known = model_validator(mode="before")(known_fields)
 
     def chat(self, service: Service, **more: Any) -> ChatRequest:
         """The same conversation as OpenAI's API has it."""
@@ -295,6 +300,7 @@ class MessageAnswer(ForeignAnswer):
     """A message: whole, or as events in Anthropic's order. `kept`: prefixes that were asked to be kept, in tokens and seconds."""
 
     kept: list[tuple[int, float]] = []
+    shortened = False  # there was less room in the context than it was allowed to have
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -314,7 +320,7 @@ class MessageAnswer(ForeignAnswer):
 
     def end(self) -> bytes:
         assert self._ended is not None
-        reason, stop = _reason(self._ended.finish_reason, self._ended.stop_reason)
+        reason, stop = self._reason(self._ended.finish_reason, self._ended.stop_reason)
         last = _event("message_delta", delta={"stop_reason": reason, "stop_sequence": stop}, usage=self.usage())
         return last + _event("message_stop")
 
@@ -329,7 +335,7 @@ class MessageAnswer(ForeignAnswer):
                 content[-1]["input"] = msgspec.json.decode(part.text)
             else:
                 content.append(_begun(part) | ({part.kind: part.text} if part.kind != "call" else {}))
-        return encode(self._message(content, *_reason(choice.finish_reason, choice.stop_reason)))
+        return encode(self._message(content, *self._reason(choice.finish_reason, choice.stop_reason)))
 
     def usage(self) -> dict[str, Any]:
         """Anthropic counts tokens from the cache apart, and those that a mark has put there."""
@@ -346,6 +352,13 @@ class MessageAnswer(ForeignAnswer):
     def _message(self, content: list[dict[str, Any]], reason: str | None, stop: str | None) -> dict[str, Any]:
         about = {"id": self.id, "type": "message", "role": "assistant", "model": self._about["model"]}
         return about | {"content": content, "stop_reason": reason, "stop_sequence": stop, "usage": self.usage()}
+
+    def _reason(self, finish_reason: str | None, stop: int | str | None) -> tuple[str, str | None]:
+        if finish_reason == "stop" and isinstance(stop, str):
+            return "stop_sequence", stop
+        if finish_reason == "length" and self.shortened:
+            return "model_context_window_exceeded", None
+        return _REASONS[finish_reason or "stop"], None
 
     def _part(self, part: Part) -> bytes:
         events = b""
@@ -375,12 +388,6 @@ def _begun(part: Part) -> dict[str, Any]:
 
 def _event(kind: str, **fields: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + encode({"type": kind, **fields}) + b"\n\n"
-
-
-def _reason(finish_reason: str | None, stop: int | str | None) -> tuple[str, str | None]:
-    if finish_reason == "stop" and isinstance(stop, str):
-        return "stop_sequence", stop
-    return _REASONS[finish_reason or "stop"], None
 
 
 # ----------------------------------------------------------------------------------------------------------- routes
@@ -436,6 +443,7 @@ def router(fleet: Fleet) -> APIRouter:
         service, request = await fleet.read(http, MessagesRequest)
         chat = request.run(service)
         answer, params = await prepare(service, chat, MessageAnswer, "msg_", _NAMES)
+        params = _fitted(service, answer, params)
         answer.kept = await _kept(service, chat, answer.prompts[0].token_ids, request.marks())
         response = await service.respond(http, answer, msgspec.structs.replace(params, keep_cache_prefixes=answer.kept or None))
         response.headers["request-id"] = answer.id
@@ -449,6 +457,18 @@ def router(fleet: Fleet) -> APIRouter:
         return JSONResponse({"input_tokens": answer.prompt_tokens})
 
     return routes
+
+
+def _fitted(service: Service, answer: MessageAnswer, params: SamplingParams) -> SamplingParams:
+    """What is left of the context bounds an answer, too: clients have to name a max_tokens, and name the most that they can use. If nothing is
+    left, ApiError 400 in the words by which they know that they have to shorten the conversation."""
+    limit = service.engine.info["max_model_len"]
+    room = limit - answer.prompt_tokens
+    if room < 1:
+        message = f"prompt is too long: {answer.prompt_tokens} tokens > {limit - 1} maximum"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    answer.shortened = room < (params.max_tokens or room)
+    return msgspec.structs.replace(params, max_tokens=room) if answer.shortened else params
 
 
 async def _kept(service: Service, chat: ChatRequest, tokens: list[int], marks: dict[int, int]) -> list[tuple[int, float]]:

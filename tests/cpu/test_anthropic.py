@@ -232,8 +232,8 @@ def test_an_answer_that_the_client_begins(server: Server, client: anthropic.Anth
 def test_errors_are_the_clients_own(server: Server, client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
         client.messages.create(model="other", max_tokens=9, messages=HELLO)
-    with pytest.raises(anthropic.BadRequestError, match="context"):
-        client.messages.create(model="tiny", max_tokens=10_000, messages=HELLO)
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        client.messages.create(model="tiny", max_tokens=9, messages=[{"role": "user", "content": "x" * 1000}])
     status, raw, _ = ask(server, {"model": "tiny", "max_tokens": 9, "messages": HELLO}, headers={"anthropic-version": "newest"})
     assert status == 400 and b"anthropic-version" in raw
     assert ask(server, {"model": "tiny", "max_tokens": 9, "messages": HELLO}, headers={"anthropic-version": "2023-06-01"})[0] == 200

@@ -128,3 +128,108 @@ def test_too_long_a_prompt_is_called_that(server: Server) -> None:
     """LiteLLM, agents and editors know by these words that they have to shorten the conversation."""
     error = chat(server, 400, messages=[{"role": "user", "content": "x" * 3000}])["error"]
     assert error["code"] == "context_length_exceeded" and error["message"].startswith("this model's maximum context length is 2048 tokens")
+
+
+# ------------------------------------------------------------------------------------------------------- Anthropic's
+
+
+def message(server: Server, status: int = 200, **fields: Any) -> Any:
+    answer = post(server, "/v1/messages?beta=true", {"model": "tiny", "max_tokens": 50, "messages": HELLO, **fields})
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def test_claude_codes_request(server: Server) -> None:
+    """As version 2.1 sends it, but for the texts."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    body = {
+        "model": "tiny",
+        "max_tokens": 32000,
+        "stream": True,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "<system-reminder>x</system-reminder>"}, {"type": "text", "text": "hello", **mark}]}
+        ],
+        "system": [
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.0; cch=1f3a;"},
+            {"type": "text", "text": "You are an agent", "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+        ],
+        "tools": [
+            {"name": "Bash", "description": "runs", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", **WEATHER}},
+            {"name": "late", "input_schema": WEATHER, "defer_loading": True, "eager_input_streaming": True, "allowed_callers": ["direct"]},
+        ],
+        "metadata": {"user_id": "u"},
+        "thinking": {"type": "adaptive"},
+        "output_config": {"effort": "medium"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "diagnostics": {"previous_message_id": None},
+        "speed": "standard",
+    }
+    headers = {
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14,context-management-2025-06-27",
+    }
+    answer = post(server, "/v1/messages?beta=true", body, authorization="Bearer x", **headers)
+    assert answer.status_code == 200, answer.text
+    names = [line[7:] for line in answer.text.splitlines() if line.startswith("event: ")]
+    assert names[0] == "message_start" and names[-2:] == ["message_delta", "message_stop"]
+    prompt = prompt_of(server)
+    assert "You are an agent" in prompt and '"late"' in prompt and "billing" not in prompt  # what changes always would spoil the cache
+
+
+def test_max_tokens_beyond_the_context_is_what_is_left_of_it(server: Server) -> None:
+    server.engine.reply = lambda prompt: "la " * 3000
+    answer = message(server, max_tokens=32000)
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    assert answer["usage"]["output_tokens"] + len(server.engine.seen[-1][0]) == 2048
+    assert message(server, max_tokens=10)["stop_reason"] == "max_tokens"
+    error = message(server, 400, messages=[{"role": "user", "content": "x" * 3000}])["error"]
+    assert error["message"].startswith("prompt is too long: ") and error["message"].endswith(" tokens > 2047 maximum")
+
+
+def test_what_is_text_in_another_form(server: Server) -> None:
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}, "toolset_name": None}]}
+    found = [{"type": "text", "text": "so"}, {"type": "tool_reference", "tool_name": "weather"}]
+    blocks = [
+        {"type": "tool_result", "tool_use_id": "t", "content": found},
+        {
+            "type": "document",
+            "source": {"type": "text", "media_type": "text/plain", "data": "a letter"},
+            "title": "Letter",
+            "citations": {"enabled": False},
+        },
+        {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "a page"}]}},
+        {"type": "search_result", "source": "https://x", "title": "Found", "content": [{"type": "text", "text": "a hit"}]},
+    ]
+    message(server, messages=[*HELLO, call, {"role": "user", "content": blocks}])
+    for text in ("so\nThe tool weather can be used.", "Letter\na letter", "a page", "Found\nhttps://x\na hit"):
+        assert text in prompt_of(server)
+
+
+def test_anthropics_fields_that_change_nothing(server: Server) -> None:
+    format = {"type": "json_schema", "schema": {"type": "object"}}
+    message(
+        server, fallbacks="default", inference_geo="us", container=None, mcp_servers=[], output_config={"task_budget": {"type": "tokens", "total": 9}}
+    )
+    message(server, output_format=format, thinking={"type": "disabled"})
+    assert server.engine.seen[-1][1].structured_outputs.kind == "json"
+
+
+def test_what_anthropics_servers_would_do_is_refused_by_name(server: Server) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aa"}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [image]}
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}
+    for fields, word in (
+        ({"mcp_servers": [{"type": "url", "url": "https://x", "name": "x"}]}, "mcp_servers: "),
+        ({"container": "c"}, "container: "),
+        ({"compaction": {"type": "summarize"}}, "compaction: "),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0: 'web_search_20250305'"),
+        ({"messages": [{"role": "user", "content": [image]}]}, "image: the model reads text only"),
+        ({"messages": [*HELLO, call, {"role": "user", "content": [result]}]}, "image: the model reads text only"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "data": "aa"}}]}]},
+            "document: the model reads",
+        ),
+    ):
+        assert word in message(server, 400, **fields)["error"]["message"]
+    error = message(server, 400, thread={"type": "create"})["error"]  # the tool runners of Anthropic's clients try it, and go on without
+    assert error["details"]["error_code"] == "thread_unsupported_request"
