@@ -428,6 +428,7 @@ class ServerConfig:
     api_keys_file: str | None = opt(None, "TOML or JSON file of keys, with a name and perhaps rates and a priority for each")
     cors_origin: list[str] | None = opt(None, "origin whose web pages may call the API ('*': any); may be given again")
     chat_template: str | None = opt(None, "file with a jinja chat template, instead of the checkpoint's")
+    trust_request_chat_template: bool = opt(False, "let requests bring a chat_template of their own (sandboxed, bounded in time and memory)")
     pin_prefix: list[str] | None = opt(
         None, "file with a prefix to pin: messages (JSON), or text that prompts begin with; see /v1/prefixes; may be given again"
     )

@@ -22,7 +22,7 @@ import tokenizers
 
 from miniinfer.config import ConfigError, read_json
 
-__all__ = ["ChatTemplate", "Detokenizer", "Tokenizer"]
+__all__ = ["ChatTemplate", "Detokenizer", "Tokenizer", "render_chat"]
 
 _CUT = "\ue000cut\ue001"  # marks where a message that is to be continued ends; of characters that no text has
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -145,32 +145,7 @@ class Tokenizer:
         template = template or self.chat_templates.get("default")
         if template is None:
             raise ValueError("messages: the model has no chat template; use plain completions, or start with --chat-template FILE")
-        if not messages:
-            raise ValueError("messages: must not be empty")
-        given = {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables}
-        messages = [_plain_message(m, i, template) for i, m in enumerate(messages)]
-        if continue_final_message:
-            given["add_generation_prompt"] = False
-            messages[-1] = {**messages[-1], "content": (messages[-1].get("content") or "") + _CUT}
-        text = self._rendered(template, messages, given)
-        if not continue_final_message:
-            return text
-        kept, found, _ = text.rpartition(_CUT)
-        if not found:
-            raise ValueError("continue_final_message: the chat template leaves out the last message's content, so that nothing can continue it")
-        return kept
-
-    @staticmethod
-    def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], given: dict[str, Any]) -> str:
-        """Whichever form of a call's arguments the template can work with."""
-        parsed = [_with_arguments(m, _parsed_call) for m in messages]
-        try:
-            return template.render(parsed, given)
-        except ValueError:
-            written = [_with_arguments(m, _written_call) for m in messages]
-            if written == parsed:
-                raise
-        return template.render(written, given)  # some templates put arguments together with text
+        return render_chat(template, self.special_tokens, messages, tools, add_generation_prompt, continue_final_message, variables)
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -345,6 +320,44 @@ class ChatTemplate:
         except Exception as e:  # whatever a template does to these messages: its refusals, and its own faults
             said = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
             raise ValueError(f"messages: the chat template refuses them: {said}") from None
+
+
+def render_chat(
+    template: ChatTemplate,
+    special_tokens: dict[str, str],
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    variables: dict[str, Any],
+) -> str:
+    """`Tokenizer.render_chat` with whatever template."""
+    if not messages:
+        raise ValueError("messages: must not be empty")
+    given = {"tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens, **variables}
+    messages = [_plain_message(m, i, template) for i, m in enumerate(messages)]
+    if continue_final_message:
+        given["add_generation_prompt"] = False
+        messages[-1] = {**messages[-1], "content": (messages[-1].get("content") or "") + _CUT}
+    text = _rendered(template, messages, given)
+    if not continue_final_message:
+        return text
+    kept, found, _ = text.rpartition(_CUT)
+    if not found:
+        raise ValueError("continue_final_message: the chat template leaves out the last message's content, so that nothing can continue it")
+    return kept
+
+
+def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], given: dict[str, Any]) -> str:
+    """Whichever form of a call's arguments the template can work with."""
+    parsed = [_with_arguments(m, _parsed_call) for m in messages]
+    try:
+        return template.render(parsed, given)
+    except ValueError:
+        written = [_with_arguments(m, _written_call) for m in messages]
+        if written == parsed:
+            raise
+    return template.render(written, given)  # some templates put arguments together with text
 
 
 def _plain_message(message: dict[str, Any], index: int, template: ChatTemplate) -> dict[str, Any]:

@@ -388,6 +388,7 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(service.templates.close() for service in self.services))
         await asyncio.gather(*(service.engine.shutdown() for service in self.services))
 
 

@@ -34,6 +34,7 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
         continue_final_message=request.continue_final_message,
         add_special_tokens=bool(request.add_special_tokens),
         template_kwargs=request.template_variables,
+        chat_template=request.chat_template,
     )
     if request.skip_special_tokens is None and prompt.formats is not None and prompt.formats.special_tokens:
         params = msgspec.structs.replace(params, skip_special_tokens=False)

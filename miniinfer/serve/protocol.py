@@ -147,6 +147,9 @@ class Strict(BaseModel):
 CacheRetention = Literal["in_memory", "in-memory", "24h"]  # OpenAI's words: while there is room, or as long as keep_cache_seconds can
 
 
+MOST_TEMPLATE = 64 << 10  # characters of a chat template that comes with a request
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # with include_usage: every event has the usage so far
@@ -442,6 +445,7 @@ def _nothing_of_ours(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 Tools = Annotated[list[Annotated[dict[str, Any], WithJsonSchema(_TOOL)]], AfterValidator(_functions_only)]
+RequestTemplate = Annotated[str, Field(min_length=1, max_length=MOST_TEMPLATE)]
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_nothing_of_ours)]
 
 
@@ -462,6 +466,7 @@ class ChatRequest(Sampling):
     continue_final_message: bool = False  # the answer goes on where the last message ends
     echo: bool = False  # the answer begins with the last message, if that is the assistant's
     documents: list[dict[str, Any]] | None = None  # for templates that know what to do with them
+    chat_template: RequestTemplate | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")

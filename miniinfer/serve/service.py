@@ -25,6 +25,7 @@ from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.parsers import Formats, choose
 from miniinfer.serve.protocol import ApiError, Truncation
+from miniinfer.serve.templates import TemplateProcess
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
@@ -43,6 +44,7 @@ class Service:
         self.metrics = Metrics(lambda: self.engine, model)
         self.created = int(time.time())
         self.hold: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext  # has the engine in memory for as long as that lasts
+        self.templates = TemplateProcess()  # for those that requests bring
         self._late: set[str] = set()  # those of them whose deadline has passed
         self._open: set[str] = set()  # the engine's ids of prompts accepted and not ended
 
@@ -78,11 +80,10 @@ class Service:
         except ValueError as e:
             raise ApiError.from_value_error(e, field) from None
 
-    @property
-    def formats(self) -> Formats:
-        """How the model writes tool calls and reasoning."""
+    def formats(self, chat_template: str | None = None) -> Formats:
+        """How the model writes tool calls and reasoning, shown conversations in its own template or in this one."""
         tokenizer, config = self.engine.tokenizer, self.config
-        templates = "".join(template.text for template in tokenizer.chat_templates.values()) if tokenizer else ""
+        templates = chat_template or ("".join(template.text for template in tokenizer.chat_templates.values()) if tokenizer else "")
         return choose(config.tool_call_parser, config.reasoning_parser, templates, str(self.engine.info.get("family", "")))
 
     async def chat_prompt(
@@ -94,16 +95,26 @@ class Service:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> Prompt:
-        """A conversation as the checkpoint's chat template writes it, in tokens. ApiError 400 for one that it refuses."""
+        """A conversation as the checkpoint's chat template writes it, or the request's own, in tokens. ApiError 400 for one that it refuses."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ApiError(400, "messages: the server runs without a tokenizer; send token ids to /v1/completions", param="messages")
+        if chat_template is not None and not self.config.trust_request_chat_template:
+            message = "chat_template: this server takes none from requests; it would if started with --trust-request-chat-template"
+            raise ApiError(400, message, param="chat_template")
+        variables = template_kwargs or {}
         try:
-            text = tokenizer.render_chat(messages, tools, add_generation_prompt, continue_final_message, **(template_kwargs or {}))
+            if chat_template is None:
+                text = tokenizer.render_chat(messages, tools, add_generation_prompt, continue_final_message, **variables)
+            else:
+                arguments: dict[str, Any] = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+                arguments |= {"continue_final_message": continue_final_message, "variables": variables}
+                text = await self.templates.render(chat_template, tokenizer.special_tokens, arguments)
         except ValueError as e:
             raise ApiError.from_value_error(e, "messages") from None
-        return Prompt(await self.encode(text, add_special_tokens, "messages"), text, formats=self.formats)
+        return Prompt(await self.encode(text, add_special_tokens, "messages"), text, formats=self.formats(chat_template))
 
     def truncated(self, ids: list[int], request: Truncation, params: SamplingParams) -> list[int]:
         """What of a prompt's tokens its request lets stand."""

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from miniinfer.serve.fleet import Fleet
-from miniinfer.serve.protocol import ApiError, Message, Strict, TemplateVariables, TokenIds, Tools
+from miniinfer.serve.protocol import ApiError, Message, RequestTemplate, Strict, TemplateVariables, TokenIds, Tools
 from miniinfer.serve.schemas import Shape, described
 
 SHORT = 4096  # tokens; decoding more is worth a thread
@@ -27,6 +27,7 @@ class TokenizeRequest(Strict):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     tools: Tools | None = None
+    chat_template: RequestTemplate | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
     model_config = ConfigDict(
@@ -80,6 +81,7 @@ def router(fleet: Fleet) -> APIRouter:
                 continue_final_message=request.continue_final_message,
                 add_special_tokens=bool(request.add_special_tokens),
                 template_kwargs=request.chat_template_kwargs,
+                chat_template=request.chat_template,
             )
             ids = prompt.token_ids
         tokenizer = service.engine.tokenizer
