@@ -100,6 +100,15 @@ class Answer:
         """The end of an event."""
         return self._plain_end or b'}],"usage":' + encode(self.usage()) + b"}\n\n"
 
+    def _end_before(self, delta: CompletionOutput) -> bytes:
+        """The end of an event that says nothing of a delta's tokens yet."""
+        if self._plain_end is not None:
+            return self._plain_end
+        self.completion_tokens -= len(delta.token_ids)
+        end = self._end
+        self.completion_tokens += len(delta.token_ids)
+        return end
+
     def note(self, index: int, item: RequestOutput) -> None:
         """Keeps what an item says of its prompt and counts its tokens."""
         prompt = self.prompts[index]
@@ -223,20 +232,20 @@ class ChatAnswer(Answer):
         index, parts = delta.index, self.deltas(delta)
         head, events = self._heads[index] + b'"delta":', b""
         plain = b',"logprobs":null,"finish_reason":null'
-        plain_end = plain + self._end
+        end = self._end_before(delta)
         if not self._started[index]:
             told = (
                 b'}],"prompt_token_ids":' + encode(self.prompts[0].token_ids) if self.request.return_token_ids and not any(self._started) else b"}]"
             )
             self._started[index] = True
-            events = head + b'{"role":"assistant","content":' + encode(self.request.echoed) + b"}" + plain + told + self._end[2:]
+            events = head + b'{"role":"assistant","content":' + encode(self.request.echoed) + b"}" + plain + told + end[2:]
         logprobs = b"null"
         if delta.logprobs:
             logprobs = encode(self._logprobs(delta.token_ids, delta.logprobs))
         elif not (parts or delta.finish_reason or self.request.return_token_ids):
             return events
         for part in parts[:-1]:
-            events += head + _delta(part) + plain_end
+            events += head + _delta(part) + plain + end
         return events + head + (_delta(parts[-1]) if parts else b"{}") + self._event_end(delta, logprobs)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -356,7 +365,7 @@ class CompletionAnswer(Answer):
             self._echoed[index] = True
             prompt = self.prompts[index // self.n]
             start = self._heads[index] + self._prompt_ids(index) + b'"text":' + encode(self._prompt_text(prompt)) + b',"logprobs":'
-            start += encode(self._prompt_logprobs(index)) + b',"finish_reason":null' + self._end
+            start += encode(self._prompt_logprobs(index)) + b',"finish_reason":null' + self._end_before(delta)
         if self.request.only_prompt:
             delta = CompletionOutput(index, "", [], finish_reason="length" if delta.finish_reason else None)
         logprobs = b"null"
@@ -425,8 +434,14 @@ class CompletionAnswer(Answer):
         offsets = []
         for token_id, token, table in zip(token_ids, tokens, tables, strict=True):
             values.append(None if table is None else _finite(table[token_id].logprob))
-            # Parts of characters may all read U+FFFD: the likeliest of them, which comes first, keeps the name.
-            tops.append(None if table is None else {self._text(t): _finite(v.logprob) for t, v in reversed(table.items())})
+            tops.append(None if table is None else self._top(table))
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top(self, table: Table) -> dict[str, float]:
+        """By text, the token itself first. Parts of characters may all read U+FFFD: the first of them, which is the likeliest, keeps the name."""
+        top: dict[str, float] = {}
+        for token_id, value in table.items():
+            top.setdefault(self._text(token_id), _finite(value.logprob))
+        return top

@@ -65,8 +65,7 @@ def _refuse(field: str, why: str) -> NoReturn:
 IGNORED = frozenset("metadata prediction prompt_cache_key prompt_cache_options safety_identifier service_tier store user verbosity".split())
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
-_NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens guided_json guided_regex guided_choice".split()
-_NOT_WITH_BEAMS += ["guided_grammar", "structured_outputs"]
+_NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens structured_outputs".split() + [*structured.GUIDED]
 UNSUPPORTED = {
     "audio": "not supported; the model writes text",
     "function_call": "not supported; it is called tool_choice now",
@@ -75,7 +74,7 @@ UNSUPPORTED = {
     "web_search_options": "not supported; offer a search of your own as one of the tools",
 }
 # Fields of an assistant's message as it was answered, by us or by what stands between us and the client, that say nothing new when it comes back.
-_ANSWERED = ("refusal", "annotations", "provider_specific_fields", "reasoning_details", "thinking_blocks")
+_ANSWERED = ("refusal", "annotations", "parsed", "provider_specific_fields", "reasoning_details", "thinking_blocks")
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +211,10 @@ class Sampling(Truncation):
     guided_regex: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_regex"])] = None
     guided_choice: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_choice"])] = None
     guided_grammar: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_grammar"])] = None
+    regex: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_regex"])] = None
+    ebnf: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_grammar"])] = None
+    grammar: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_grammar"])] = None
+    json_schema: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_json"])] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -411,6 +414,7 @@ class Message(Strict):
             function = call.get("function")
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise ValueError(f"call {i} must be {{'id': ..., 'type': 'function', 'function': {{'name': ..., 'arguments': ...}}}}")
+            function.pop("parsed_arguments", None)  # what openai-python made of them
         return value
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """What a client asks of an output's structure, in all the spellings that clients have for it, as StructuredOutputsParams.
 
-Owns the fields' meaning: OpenAI's `response_format`, vLLM's `structured_outputs` and older `guided_*`. Errors are ValueError("field: what is wrong").
+Owns the fields' meaning: OpenAI's `response_format`, vLLM's `structured_outputs` and older `guided_*`, SGLang's `regex` and `ebnf`, llama.cpp's
+`grammar` and `json_schema`. Errors are ValueError("field: what is wrong").
 Tools are tools_grammar.py's.
 """
 
@@ -13,6 +14,7 @@ import msgspec
 from miniinfer.data import STRUCTURED, StructuredOutputsParams
 
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+GUIDED |= {"regex": "regex", "ebnf": "grammar", "grammar": "grammar", "json_schema": "json"}
 FIELDS = ("response_format", "structured_outputs", *GUIDED)
 
 _OBJECT: dict[str, Any] = {"type": "object"}

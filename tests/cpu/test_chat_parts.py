@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 from chat_tokenizer import save_tokenizer
+from pydantic import BaseModel
 from serve_fake import FakeEngine, Server, read_events
 from tokenizers import AddedToken
 
@@ -169,11 +170,21 @@ def test_the_official_client_sees_and_sends_it_back(server: Server) -> None:
     whole = client.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS).choices[0].message  # type: ignore[arg-type]
     for message in (final, whole):
         assert message.reasoning_content == "Hmm, what now?" and message.tool_calls and message.tool_calls[0].function.arguments == '{"a": 1}'
-        sent = [*HELLO, message.model_dump(exclude={"parsed"}), {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "2"}]
-        for call in sent[1]["tool_calls"]:
-            call["function"].pop("parsed_arguments", None)
+        sent = [*HELLO, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "2"}]
         client.chat.completions.create(model="tiny", messages=sent, tools=TOOLS)  # type: ignore[arg-type]
         assert '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>' in server.engine.tokenizer.decode(server.engine.seen[-1][0], False)
+
+
+def test_what_the_official_client_parsed_may_be_sent_back(server: Server) -> None:
+    class Total(BaseModel):
+        total: int
+
+    server.engine.reply = lambda prompt: '{"total": 3}'
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    message = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Total).choices[0].message  # type: ignore[arg-type]
+    assert message.parsed == Total(total=3)
+    client.chat.completions.create(model="tiny", messages=[*HELLO, message, *HELLO])  # type: ignore[list-item]
+    assert '{"total": 3}<|im_end|>' in server.engine.tokenizer.decode(server.engine.seen[-1][0], False)
 
 
 # ----------------------------------------------------------------------------------------------------------- templates

@@ -103,7 +103,11 @@ def test_usage_in_every_event(server: Server) -> None:
     for path, body in (("chat/completions", {"messages": SAID}), ("completions", {"prompt": "hello"})):
         events = read_events(httpx.post(f"{server.url}/v1/{path}", json={**body, "stream": True, "stream_options": options}).content)
         counts = [event["usage"]["completion_tokens"] for event in events]
-        assert counts == sorted(counts) and counts[-1] == counts[-2] == len(server.engine.tokenizer.encode("hello there")) + 1
+        assert (
+            counts == sorted(counts)
+            and counts[0] == (path == "completions")
+            and counts[-1] == counts[-2] == len(server.engine.tokenizer.encode("hello there")) + 1
+        )
         assert all(event["usage"]["total_tokens"] == event["usage"]["prompt_tokens"] + count for event, count in zip(events, counts, strict=True))
         assert [event["choices"] for event in events[-1:]] == [[]]
 

@@ -160,6 +160,7 @@ def test_completion_logprobs_and_echo(server: Server) -> None:
     assert logprobs["token_logprobs"] == [None, *(-t / 1000 for t in prompt[1:] + made)]
     assert logprobs["top_logprobs"][0] is None and all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
     assert all(choice["text"][at:].startswith(token) for at, token in zip(logprobs["text_offset"], logprobs["tokens"][:-1], strict=False))
+    assert [next(iter(top)) for top in logprobs["top_logprobs"][1:]] == logprobs["tokens"][1:]
     streamed: dict[str, list[Any]] = {key: [] for key in logprobs}
     text = ""
     for event in complete(server, logprobs=1, echo=True, stream=True):
@@ -331,6 +332,10 @@ def test_a_bad_chat_field_is_named(server: Server, fields: dict[str, Any], param
         ({"guided_regex": "a+"}, ("regex", "a+")),
         ({"guided_choice": ["a", "b"]}, ("choice", '["a", "b"]')),
         ({"guided_grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
+        ({"regex": "a+"}, ("regex", "a+")),
+        ({"ebnf": 'root ::= "a"'}, ("grammar", 'root ::= "a"')),
+        ({"grammar": 'root ::= "a"'}, ("grammar", 'root ::= "a"')),
+        ({"json_schema": {"a": 1}}, ("json", '{"a": 1}')),
         ({"structured_outputs": {"json": True, "regex": None}}, ("json", "true")),
     ],
 )  # fmt: skip
