@@ -1,15 +1,18 @@
-"""openai-python against a real server on a real (tiny, random) model: embeddings, responses, beam search, tokens."""
+"""openai-python against a real server on a real (tiny, random) model: embeddings, responses, beam search, tokens, batches."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serve_process import ServerProcess
+from serve_process import ROOT, ServerProcess, wait_for
 
 from miniinfer import LLM
 
@@ -71,3 +74,77 @@ def test_tokens_are_what_is_billed(server: ServerProcess, client: openai.OpenAI)
     answer = client.completions.create(model=MODEL, prompt=found["tokens"], max_tokens=1)
     assert answer.usage and answer.usage.prompt_tokens == found["count"]
     assert httpx.post(root + "/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "hello there, you"}
+
+
+def lines_for(count: int) -> list[dict[str, Any]]:
+    bodies = [{"prompt": f"number {i}", "max_tokens": 24, "temperature": 0, "ignore_eos": True} for i in range(count)]
+    return [{"custom_id": f"line {i}", "method": "POST", "url": "/v1/completions", "body": body} for i, body in enumerate(bodies)]
+
+
+def texts_of(results: str) -> dict[str, str]:
+    """custom_ids and what was answered, each there once."""
+    found = [json.loads(line) for line in results.splitlines()]
+    assert len({item["custom_id"] for item in found}) == len(found)
+    return {item["custom_id"]: item["response"]["body"]["choices"][0]["text"] for item in found}
+
+
+def directly(client: openai.OpenAI, lines: list[dict[str, Any]]) -> dict[str, str]:
+    asks = [{name: line["body"][name] for name in ("prompt", "max_tokens", "temperature")} for line in lines]
+    answers = [client.completions.create(model=MODEL, extra_body={"ignore_eos": True}, **ask) for ask in asks]
+    return {line["custom_id"]: answer.choices[0].text for line, answer in zip(lines, answers, strict=True)}
+
+
+def test_a_server_killed_in_a_batch_goes_on_with_it(client: openai.OpenAI, folder: Path, tmp_path: Path) -> None:
+    lines = lines_for(200)
+    options = ("--files-dir", str(tmp_path / "files"), "--max-num-seqs", "8", "--served-model-name", MODEL)
+    first = ServerProcess(folder, tmp_path / "first.log", *options)
+    try:
+        killed = first.client()
+        file = killed.files.create(file=("in.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+        batch = killed.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        assert wait_for(lambda: killed.batches.retrieve(batch.id).request_counts.completed > 20, 30)  # type: ignore[union-attr]
+        first.process.kill()
+    finally:
+        first.close()
+    output = json.loads(next((tmp_path / "files" / "batches").glob("*.json")).read_text())["output_id"]
+    before = (tmp_path / "files" / "files" / output).read_text()
+    whole = before[: before.rfind("\n") + 1]
+    assert 20 < len(texts_of(whole)) < 200
+    second = ServerProcess(folder, tmp_path / "second.log", *options)
+    try:
+        again = second.client()
+        assert wait_for(lambda: again.batches.retrieve(batch.id).status == "completed", 60)
+        batch = again.batches.retrieve(batch.id)
+        assert batch.output_file_id and batch.error_file_id is None
+        after = again.files.content(batch.output_file_id).text
+        assert after.startswith(whole) and len(texts_of(after)) == 200  # nothing was computed twice, nothing is missing
+    finally:
+        second.close()
+    some = lines[::20]
+    assert {name: text for name, text in texts_of(after).items() if name in {line["custom_id"] for line in some}} == directly(client, some)
+
+
+def test_the_command_batch_goes_on_where_it_was_killed(client: openai.OpenAI, folder: Path, tmp_path: Path) -> None:
+    lines = lines_for(200)
+    lines[17]["body"]["max_tokens"] = -1
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    fixed = ["--device", "cpu", "--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "8", "--served-model-name", MODEL]
+    command = [sys.executable, "-m", "miniinfer", "batch", "-i", str(source), "-o", str(target), str(folder), *fixed]
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert wait_for(lambda: target.exists() and target.read_text().count("\n") > 20, 60)
+    killed.kill()
+    killed.wait()
+    before = target.read_text()
+    whole = before[: before.rfind("\n") + 1]
+    assert whole.count("\n") < 200
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "199 of 200 lines done, 1 failed" in done.stderr, done.stderr
+    assert target.read_text().startswith(whole)
+    failed = [line for line in target.read_text().splitlines() if json.loads(line)["response"]["status_code"] != 200]
+    assert [json.loads(line)["custom_id"] for line in failed] == ["line 17"]
+    answers = texts_of("\n".join(line for line in target.read_text().splitlines() if line not in failed))
+    assert {name: answers[name] for name in ("line 3", "line 150")} == directly(client, [lines[3], lines[150]])
+    source.write_text(source.read_text() + "\n{}\n")
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert wrong.returncode == 2 and "line 201: Object missing required field" in wrong.stderr
