@@ -154,6 +154,10 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
     ("json", f'```json\n[{{"name": "get_weather", "arguments": {J(TWO_DAYS)}}}, {{"name": "now", "arguments": {{}}}}]\n```', "", AB),
     ("json", f'{{"name": "get_weather", "parameters": {J(TWO_DAYS)}}}\n'
      '{"type": "function", "function": {"name": "now", "arguments": "{}"}}', "", AB),
+    ("json", f'I look:\n\n```json\n  [{{"name": "get_weather", "arguments": {J(TWO_DAYS)}}}, {{"name": "now", "arguments": {{}}}}]\n```\nDone',
+     "I look:\nDone", AB),
+    ("json", f'As JSON:\n{{"name": "Ann"}}, {{"name": "now", "arguments": {{}}}}\n {{"name": "get_weather", "arguments": {J(PARIS)}}}',
+     'As JSON:\n{"name": "Ann"}, {"name": "now", "arguments": {}}', A),
     ("json", '{"answer": 42}', '{"answer": 42}', []),
     ("json", "```python\nprint()\n```", "```python\nprint()\n```", []),
 ]  # fmt: skip

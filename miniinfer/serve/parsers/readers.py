@@ -37,13 +37,15 @@ Schemas = Mapping[str, Mapping[str, Any]]  # JSON schemas of the arguments, by f
 
 @dataclass(frozen=True)
 class Reader:
-    """`tags`: where a call may begin. `closers`: tags after calls that mean nothing more. `bare`: calls may also begin without a tag, at the
-    start of the answer or after another call, with one of these characters; then only functions that were offered count."""
+    """`tags`: where a call may begin. `closers`: tags after calls that mean nothing more. `bare`: calls may also begin without a tag, at the start of
+    a line or after another call, with one of these characters; then only functions that were offered count. `between`: so may what stands between
+    calls."""
 
     read: Callable[[Cursor, Schemas], Call]
     tags: tuple[str, ...]
     closers: tuple[str, ...] = ()
     bare: str = ""
+    between: str = ""
 
 
 def _call(cursor: Cursor, schemas: Schemas, name: str, arguments: Arguments, after: After, id: str | None = None) -> Call:
@@ -96,14 +98,16 @@ def _list(cursor: Cursor, element: Callable[[Cursor, After], Call], end: After) 
 # ------------------------------------------------------------------------------------------------ calls as JSON objects
 
 
-def _json_call(cursor: Cursor, schemas: Schemas, after: After) -> Call:
-    """`{"name": NAME, "arguments": {...}}`, also with other words and in another order. Read as it comes if the name comes first and was offered."""
+def _json_call(cursor: Cursor, schemas: Schemas, after: After, bare: bool = False) -> Call:
+    """`{"name": NAME, "arguments": {...}}`, also with other words and in another order. Read as it comes if the name comes first and was offered.
+    `bare`: only functions that were offered count."""
 
     def behind(cursor: Cursor) -> Call | None:
         _object_end(cursor)
         return after(cursor)
 
     start = cursor.at
+    _first_key(cursor.copy())
     try:
         name = _json_head(cursor)
         JsonArguments().check(cursor.copy())
@@ -111,9 +115,21 @@ def _json_call(cursor: Cursor, schemas: Schemas, after: After) -> Call:
         name = ""
     if name in schemas:
         return Call(name, JsonArguments(), behind)
+    if name and bare:
+        raise No
     cursor.at = start
     name, arguments = _whole_call(cursor.json())
+    if bare and name not in schemas:
+        raise No
     return Call(name, WholeArguments(arguments), after)
+
+
+def _first_key(cursor: Cursor) -> None:
+    """Nobody is to wait for the end of an object that is something else."""
+    cursor.literal("{")
+    cursor.space()
+    if _json_word(cursor) not in ("name", "type", "id", "function", "arguments", "parameters"):
+        raise No
 
 
 def _json_head(cursor: Cursor) -> str:
@@ -330,22 +346,20 @@ def _separator(cursor: Cursor) -> None:
 
 def _bare_call(cursor: Cursor, schemas: Schemas, end: After, python: bool) -> Call:
     def as_json(cursor: Cursor, after: After) -> Call:
-        return _json_call(cursor, schemas, after)
+        return _json_call(cursor, schemas, after, bare=True)
 
     def as_python(cursor: Cursor, after: After) -> Call:
         name = cursor.match(_NAME)
+        if name not in schemas:
+            raise No
         cursor.literal("(")
         return _call(cursor, schemas, name, PythonArguments(), after)
 
-    if cursor.peek() == "[":
-        ahead = Cursor(cursor.text, cursor.at + 1, cursor.whole)
-        ahead.space()
-        call = _list(cursor, as_python if python and ahead.peek() != "{" else as_json, end)
-    else:
-        call = as_json(cursor, end)
-    if call.name not in schemas:
-        raise No
-    return call
+    if cursor.peek() != "[":
+        return as_json(cursor, end)
+    ahead = Cursor(cursor.text, cursor.at + 1, cursor.whole)
+    ahead.space()
+    return _list(cursor, as_python if python and ahead.peek() != "{" else as_json, end)
 
 
 READERS: dict[str, Reader] = {
@@ -355,6 +369,6 @@ READERS: dict[str, Reader] = {
     "mistral": Reader(read_mistral, ("[TOOL_CALLS]",)),
     "deepseek": Reader(read_deepseek, ("<｜tool▁calls▁begin｜>", _CALL_BEGIN), ("<｜tool▁calls▁end｜>",)),
     "kimi_k2": Reader(read_kimi_k2, ("<|tool_calls_section_begin|>", "<|tool_call_begin|>"), ("<|tool_calls_section_end|>",)),
-    "llama3": Reader(read_llama3, _PYTHON_TAGS, bare="{[;,"),
-    "json": Reader(read_json, (), bare="{[`;,"),
+    "llama3": Reader(read_llama3, _PYTHON_TAGS, bare="{[", between=";,"),
+    "json": Reader(read_json, (), bare="{[`", between=";,"),
 }

@@ -8,6 +8,7 @@ it, and so is what follows arguments that break off. The syntaxes are readers.py
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 import uuid
@@ -62,6 +63,7 @@ class ToolParser:
     def __init__(self, format: ToolFormat, schemas: Schemas, parallel: bool = True) -> None:
         self._reader, self._schemas = READERS[format.parser], schemas
         self._calls = Calls(format.name, parallel)
+        self._bare = re.compile(rf"\n[ \t]*[{re.escape(self._reader.bare)}]") if self._reader.bare else None  # at the start of a line
         self._call: Call | None = None  # that is being written
         self._found = False  # a call, reported or not
         self._buffer = ""
@@ -148,11 +150,17 @@ class ToolParser:
     def _next_place(self) -> tuple[int, int]:
         """Where in the buffer the next call (or tag to be dropped) may begin, and how much of it is content if it is none; (0, 0) if nowhere."""
         places = [(at, len(tag)) for tag in self._reader.tags if (at := self._buffer.find(tag)) >= 0]
+        first = len(self._buffer) - len(self._buffer.lstrip())
+        character = self._buffer[first : first + 1]
         if self._fresh:
-            first = len(self._buffer) - len(self._buffer.lstrip())
             places += [(first, len(tag)) for tag in self._reader.closers if self._found and self._buffer.startswith(tag, first)]
-            if self._buffer[first : first + 1] in tuple(self._reader.bare):
+            if self._found and character in tuple(self._reader.between):
                 places.append((first, 1))
+        if self._bare is not None:
+            if character in tuple(self._reader.bare) and (self._fresh or "\n" in self._space + self._buffer[:first]):
+                places.append((first, 1))
+            elif found := self._bare.search(self._buffer):
+                places.append((found.end() - 1, 1))
         return min(places, default=(0, 0))
 
     def _take(self, length: int) -> str:
