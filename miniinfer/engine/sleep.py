@@ -31,7 +31,7 @@ class Memory:
         self.weights: Arena
         self.kv: Arena
         self.reload: Callable[[], None]  # reads the weights as at the start
-        self.forget: Callable[[], None]  # drops what was made of the weights; `reload` makes it anew
+        self.forget: Callable[[], None] = lambda: None  # drops what was made of the weights; `reload` makes it anew
         self.asleep: dict[str, int] = {}  # how deeply each part sleeps
         self._copy = _HostCopy()
 
@@ -144,7 +144,7 @@ class _HostCopy:
         for i, piece in enumerate(values.split(CHUNK)):
             if i == len(chunks):
                 chunks.append(torch.empty(len(piece), dtype=torch.uint8, pin_memory=True))
-            chunks[i].copy_(piece, non_blocking=True)
+            chunks[i].copy_(piece, non_blocking=True)  # while the next piece of memory is got
         torch.cuda.synchronize(values.device)
 
     def load(self, values: Tensor) -> None:
@@ -153,6 +153,7 @@ class _HostCopy:
             piece.copy_(chunk, non_blocking=True)
 
     def drop(self) -> None:
+        """The memory goes back to the system (with torch before 2.13 into torch's own store, for the next time)."""
         if self._chunks:
             self._chunks.clear()
-            torch.accelerator.empty_host_cache()
+            getattr(torch.accelerator, "empty_host_cache", lambda: None)()

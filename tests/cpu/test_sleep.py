@@ -25,9 +25,11 @@ from tiny import tiny_folder
 from miniinfer import LLM
 from miniinfer.config import ConfigError, EngineConfig
 from miniinfer.data import Add, SamplingParams
+from miniinfer.engine import sleep, start
 from miniinfer.engine.arena import CudaArena, Driver, HostArena
 from miniinfer.engine.client import AsyncEngine, EngineAsleepError, EngineDeadError
 from miniinfer.engine.core import EngineCore
+from miniinfer.kernels import REFERENCE
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = [5, 9, 23, 7, 42, 11, 3, 8, 19, 77, 21, 6]
@@ -333,6 +335,63 @@ def test_tensors_lie_apart_and_aligned(make: Any) -> None:
     assert all(start % 512 == 0 for start in starts) and all(tensor.is_contiguous() for tensor in tensors)
     with pytest.raises(AssertionError):
         arena.take((arena.size,), torch.uint8)
+
+
+class ScrubbingDriver(FakeDriver):
+    """What was in memory that is given back is garbage when there is memory again: NaN, read as floats."""
+
+    def __init__(self, library: FakeCuda) -> None:
+        super().__init__(library)
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def tensor(self, memory: Any, device: torch.device) -> torch.Tensor:
+        owner = super().tensor(memory, device).fill_(0xFF)
+        self.tensors[memory.address] = owner
+        return owner
+
+    def unmap(self, address: int, size: int) -> None:
+        super().unmap(address, size)
+        self.tensors[address].fill_(0xFF)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_a_gpu_engine_over_a_counterfeit_driver(kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that sleep does on a GPU but the driver's part; plain torch stands for the kernels."""
+    library, empty = FakeCuda(total=2 << 20, granularity=4096), torch.empty
+    driver = ScrubbingDriver(library)
+    monkeypatch.setattr(sleep, "CHUNK", 10_000)
+    monkeypatch.setattr(sleep, "make_arena", lambda size, device: CudaArena(size, device, driver))
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
+    monkeypatch.setattr(start, "Memory", lambda device: sleep.Memory(torch.device("cuda")))
+    monkeypatch.setattr(start, "rehearse", lambda runner: None)
+    monkeypatch.setattr(start, "first_steps", lambda runner: None)
+    monkeypatch.setattr("miniinfer.kernels.select", lambda *args: dataclasses.replace(REFERENCE, name=kernels))
+    core = EngineCore(
+        EngineConfig(model=str(tiny_folder("qwen3", tmp_path)), device="cpu", num_threads=1, num_pages=40, max_num_seqs=8, enable_sleep_mode=True)
+    )
+    before, held = run(core, wanted()[1:3], prefix="before"), library.used
+    assert core.model.head.weight is core.model.embed.weight
+    for cycle, level in enumerate((1, 2, 1)):
+        report = core.sleep(level)
+        assert library.used == 0 and report["bytes"] == held and (report["host_bytes"] > 0) == (level == 1)
+        others = CudaArena(2 << 20, torch.device("cuda"), driver)
+        with pytest.raises(RuntimeError, match="GiB free"):
+            core.wake_up()
+        assert core.is_sleeping and library.used == others.size
+        others.release()
+        assert core.wake_up(["weights"])["asleep"] == ["kv_cache"]
+        assert core.wake_up()["level"] == 0 and library.used == held
+        assert [got.tokens for got in run(core, wanted()[1:3], prefix=f"{cycle}")] == [got.tokens for got in before]
+        others = None
+    weights = tmp_path / "tiny-qwen3" / "model.safetensors"
+    core.sleep(2)
+    weights.rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match="no model.safetensors"):
+        core.wake_up()
+    assert core.is_sleeping and library.used == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- process
