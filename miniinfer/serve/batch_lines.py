@@ -29,7 +29,7 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 MAX_ID = 512  # characters of a custom_id
 MAX_ERRORS = 100  # shown of a file
 LOOK = 0.25  # seconds between looks whether there is room for more, where nothing else tells
-AGAIN = 1.0  # seconds until a line is tried again that the server had no place for, where it does not say when
+AGAIN, LATEST = 1.0, 60.0  # seconds until a line is tried again that the server had no place for, where it does not say when; they double
 NO_PLACE = (429, 503)  # statuses that are not the line's fault
 
 # ------------------------------------------------------------------------------------------------------------- lines
@@ -162,7 +162,8 @@ class Result:
     status: int = 0
     body: bytes = b"null"
     error: dict[str, str] | None = None
-    retry_after: float = AGAIN
+    again: bool = False  # the server had no place for it
+    retry_after: float = 0.0  # seconds, if it said how long that would be so
 
     @property
     def ok(self) -> bool:
@@ -308,7 +309,7 @@ async def ask(app: ASGIApp, line: Line, caller: Caller) -> Result:
         if message["type"] == "http.response.start":
             result.status = message["status"]
             after = dict(message["headers"]).get(b"retry-after", b"")
-            result.retry_after = float(after) if after.isdigit() else AGAIN
+            result.retry_after = float(after) if after.isdigit() else 0.0
         else:
             body.append(message.get("body", b""))
 
@@ -316,7 +317,7 @@ async def ask(app: ASGIApp, line: Line, caller: Caller) -> Result:
         await app(scope, receive, send)
     except Exception:  # the application has logged it, and has made an answer of it if it could
         result.status = result.status or 500
-    result.body = b"".join(body) or b"null"
+    result.body, result.again = b"".join(body) or b"null", result.status in NO_PLACE
     return result
 
 
@@ -324,22 +325,22 @@ class Slots:
     """How many lines run at once. The limit is asked for anew for every line; who comes first is served first."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
-        self._limit, self._running = limit, 0
+        self._limit, self.running = limit, 0
         self._turn, self._left = asyncio.Lock(), asyncio.Event()
 
     async def enter(self) -> None:
         async with self._turn:
-            while self._running >= self._limit():
+            while self.running >= self._limit():
                 self._left.clear()
                 try:
                     async with asyncio.timeout(LOOK):
                         await self._left.wait()
                 except TimeoutError:
                     continue
-            self._running += 1
+            self.running += 1
 
     def leave(self) -> None:
-        self._running -= 1
+        self.running -= 1
         self._left.set()
 
 
@@ -356,7 +357,7 @@ async def run_lines(
     cancelled, what is finished is still kept, and what is not is given up."""
     finished: asyncio.Queue[Result | None] = asyncio.Queue()
     turn, held, loop = asyncio.Lock(), asyncio.Semaphore(most), asyncio.get_running_loop()
-    pause = 0.0  # on the loop's clock: until then the server has no place for more of these
+    pause, delay = 0.0, AGAIN  # on the loop's clock: until then the server has no place for more of these; how long that is next time
 
     taken = 0  # slots
 
@@ -374,16 +375,19 @@ async def run_lines(
         slots.leave()
 
     async def one(line: Line) -> None:
-        nonlocal pause
+        nonlocal pause, delay
         while True:
             try:
                 result = await run(line)
             finally:
                 leave()
-            if result.status not in NO_PLACE:
+            if not result.again:
                 break
-            pause = max(pause, loop.time() + result.retry_after)
+            now = loop.time()
+            if now >= pause:  # of those that were refused together the first
+                pause, delay = now + (result.retry_after or delay), min(LATEST, 2 * delay)
             await enter()
+        delay = AGAIN
         finished.put_nowait(result)
         held.release()
 

@@ -78,6 +78,7 @@ async def _run(models: list[Spec], server: ServerConfig, left: Iterator[Line], r
             result = await ask(app, line, Caller())
             if result.status == 503 and fleet.status == "engine dead":
                 raise EngineDeadError("its log says more")
+            result.again = result.status == 429  # a model that cannot be loaded now can never be
             return result
 
         report.begin()

@@ -174,6 +174,7 @@ class Batches:
         """A new batch, on disk and on its way. ApiError where it cannot be."""
         if self._store.find(request.input_file_id, owner) is None:
             raise ApiError(400, f"input_file_id: there is no file '{request.input_file_id}'", param="input_file_id")
+        self._store.reserve(owner, 0)
         own = self.of(owner)
         if sum(not record.ended for record in own) >= MAX_OPEN:
             raise ApiError(429, f"you have {MAX_OPEN} batches that have not ended", code="rate_limit_exceeded", headers={"retry-after": "60"})

@@ -37,6 +37,10 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         from miniinfer.serve import tracing
 
         tracing.check(server.otlp_endpoint)
+    if server.files_dir is not None:
+        from miniinfer.serve import storage
+
+        storage.Store(server).close()  # is it there, ours, and readable
     if server.grpc_port is not None:
         from miniinfer.serve import grpc  # noqa: F401  it says what is missing
     if server.pin_prefix:

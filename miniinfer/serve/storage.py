@@ -131,9 +131,9 @@ class Store:
         self._used[entry.owner] += entry.bytes
 
     def reserve(self, owner: str, size: int) -> None:
-        """Counts bytes that arrive or, if less than 0, gives them back. ApiError 413 if the client has too many."""
+        """Counts bytes that arrive (0: some are going to) or, if less than 0, gives them back. ApiError 413 if the client has too many."""
         self._used[owner] += size
-        if size > 0 and self._used[owner] > self._max_all:
+        if size >= 0 and self._used[owner] > self._max_all:
             raise ApiError(413, f"your files have reached {self._max_all >> 20} MiB ({LARGEST} x --max-file-mib); delete some", code="storage_full")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import http.client
+import itertools
 import json
 import socket
 import threading
@@ -27,7 +28,7 @@ from miniinfer.config import ConfigError, ServerConfig
 from miniinfer.data import SamplingParams
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.admission import BACKGROUND_PRIORITY, Admission
-from miniinfer.serve.batch_lines import Line, LineError, Results, Slots, check, read_lines
+from miniinfer.serve.batch_lines import Line, LineError, Result, Results, Slots, check, read_lines, run_lines
 from miniinfer.serve.multipart import FormError, FormReader, boundary_of
 from miniinfer.serve.protocol import ApiError
 from miniinfer.serve.storage import Lines, Store
@@ -417,6 +418,73 @@ def test_few_lines_run_while_others_ask() -> None:
     asyncio.run(main())
 
 
+def run_all(count: int, run: Callable[[Line], Any], monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> tuple[list[Result], Slots]:
+    """Runs so many lines with four slots; cancelled when so many are kept."""
+    monkeypatch.setattr("miniinfer.serve.batch_lines.AGAIN", 0.01)
+    kept: list[Result] = []
+
+    async def main() -> Slots:
+        slots, enough = Slots(lambda: 4), asyncio.Event()
+
+        async def keep(results: list[Result]) -> None:
+            kept.extend(results)
+            await asyncio.sleep(0.001)
+            if stop_at is not None and len(kept) >= stop_at:
+                enough.set()
+
+        work = asyncio.create_task(run_lines(iter([Line(i, str(i), CHAT, b"{}") for i in range(count)]), run, keep, slots, 8))
+        if stop_at is not None:
+            await enough.wait()
+            work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        return slots
+
+    return kept, asyncio.run(main())
+
+
+def test_a_line_that_finds_no_place_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: Counter[int] = Counter()
+
+    async def run(line: Line) -> Result:
+        tried[line.number] += 1
+        await asyncio.sleep(0)
+        again = line.number % 3 == 0 and tried[line.number] <= 3
+        return Result(line, status=503 if again else 200, again=again)
+
+    kept, slots = run_all(20, run, monkeypatch)
+    assert sorted(result.line.number for result in kept) == list(range(20)) and all(result.ok for result in kept)
+    assert tried == {i: 4 if i % 3 == 0 else 1 for i in range(20)} and slots.running == 0
+
+
+def test_what_is_finished_when_it_stops_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[int] = []
+
+    async def run(line: Line) -> Result:
+        await asyncio.sleep(0.001)
+        finished.append(line.number)
+        return Result(line, status=200)
+
+    kept, slots = run_all(1000, run, monkeypatch, stop_at=30)
+    assert [result.line.number for result in kept] == finished and 30 <= len(finished) < 1000 and slots.running == 0
+
+
+def test_whoever_cannot_write_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(line: Line) -> Result:
+        return Result(line, status=200)
+
+    async def main() -> None:
+        async def keep(_: list[Result]) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        slots = Slots(lambda: 4)
+        with pytest.raises(OSError, match="full"):
+            await run_lines((Line(i, str(i), CHAT, b"{}") for i in itertools.count()), run, keep, slots, 8)
+        assert slots.running == 0
+
+    asyncio.run(main())
+
+
 def test_half_of_the_room_is_not_for_the_background() -> None:
     admission = Admission(ServerConfig(max_waiting=10, max_waiting_tokens=1000))
     whole = admission.enter([1] * 8, 1, None, background=True)  # alone it may be larger
@@ -436,8 +504,7 @@ def test_half_of_the_room_is_not_for_the_background() -> None:
         admission.enter([100], 100, None, background=True)
 
 
-def test_a_full_server_is_no_failure_of_a_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("miniinfer.serve.batch_lines.AGAIN", 0.05)
+def test_a_full_server_is_no_failure_of_a_line(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer)
     with Server(engine, max_waiting=4) as server:
         client = client_of(server)
