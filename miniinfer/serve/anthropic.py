@@ -22,6 +22,7 @@ from miniinfer.serve.answers import encode
 from miniinfer.serve.anthropic_fields import known_fields, plain_block
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
+from miniinfer.serve.parsers import arguments_so_far
 from miniinfer.serve.prefixes import common_prefix
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, between
 from miniinfer.serve.schemas import Shape, described
@@ -332,7 +333,7 @@ class MessageAnswer(ForeignAnswer):
         content: list[dict[str, Any]] = []
         for part in self.whole(choice):
             if part.kind == "arguments":
-                content[-1]["input"] = msgspec.json.decode(part.text)
+                content[-1]["input"] = arguments_so_far(part.text)
             else:
                 content.append(_begun(part) | ({part.kind: part.text} if part.kind != "call" else {}))
         return encode(self._message(content, *self._reason(choice.finish_reason, choice.stop_reason)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from miniinfer.data import CompletionOutput
 from miniinfer.serve.answers import ChatAnswer, encode
+from miniinfer.serve.parsers import whole_arguments
 from miniinfer.serve.protocol import ApiError
 from miniinfer.serve.schemas import Shape
 
@@ -208,6 +209,8 @@ class ResponseAnswer(ChatAnswer):
             return []
         item["status"] = status
         if item["type"] == "function_call":
+            if whole_arguments(item["arguments"]) is None:
+                item["status"] = "incomplete"
             events = self._event("response.function_call_arguments.done", **place, arguments=item["arguments"], name=item["name"])
         else:
             part = item["content"][0]
