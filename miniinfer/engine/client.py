@@ -274,7 +274,7 @@ class AsyncEngine:
             try:
                 for request_id in list(self._streams) if mode == "abort" else ():
                     self.abort(request_id)
-                while self._streams or self._ledger:
+                while self._streams or self._ledger or self.restarting:  # what pins are made of is in the ledger alone
                     await asyncio.sleep(RETIRING_SECONDS)
                 self._check_alive()
                 before, self.sleep_level = self.sleep_level, max(self.sleep_level, level)  # ahead of the process, lest it be replaced if it dies

@@ -468,6 +468,12 @@ def test_a_process_that_dies_or_hangs_between_asleep_and_awake_is_replaced() -> 
         assert engine.num_restarts == 3
         os.kill(pid_of(engine), signal.SIGKILL)  # and awake it is minded as ever
         assert await tokens(engine, [1, 2], 4) == [1, 2, 1, 2] and engine.num_restarts == 4
+        dead = pid_of(engine)
+        os.kill(dead, signal.SIGKILL)
+        while not engine.restarting:
+            await asyncio.sleep(0.001)
+        assert (await engine.sleep())["asleep"] and pid_of(engine) != dead  # the new process sleeps
+        assert (await engine.control("state"))["open"] == []
 
     with_engine(body, hang_timeout=3.0, **ECHO)
 
