@@ -63,9 +63,12 @@ def _refuse(field: str, why: str) -> NoReturn:
 
 # Fields that official clients send and that change nothing a text server of one user's own promises.
 IGNORED = frozenset("metadata prediction prompt_cache_key prompt_cache_options safety_identifier service_tier store user verbosity".split())
+IGNORED |= {"spaces_between_special_tokens"}  # vLLM's, and without effect there, too, on the tokenizers that we read
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
-_NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens structured_outputs".split() + [*structured.GUIDED]
+_NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens allowed_token_ids structured_outputs".split() + [
+    *structured.GUIDED
+]
 UNSUPPORTED = {
     "audio": "not supported; the model writes text",
     "function_call": "not supported; it is called tool_choice now",
@@ -205,6 +208,7 @@ class Sampling(Truncation):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in logprobs: "token_id:17" for a token's text, which may be the same for two tokens
     explain_cache: bool = False
+    allowed_token_ids: TokenIds | None = None
     response_format: Annotated[Any, WithJsonSchema(structured.SCHEMAS["response_format"])] = None
     structured_outputs: Annotated[Any, WithJsonSchema(structured.SCHEMAS["structured_outputs"])] = None
     guided_json: Annotated[Any, WithJsonSchema(structured.SCHEMAS["guided_json"])] = None
@@ -457,7 +461,7 @@ class ChatRequest(Sampling):
     """/v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: Tools | None = None

@@ -15,7 +15,7 @@ from miniinfer.data import STRUCTURED, StructuredOutputsParams
 
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 GUIDED |= {"regex": "regex", "ebnf": "grammar", "grammar": "grammar", "json_schema": "json"}
-FIELDS = ("response_format", "structured_outputs", *GUIDED)
+FIELDS = ("response_format", "structured_outputs", "allowed_token_ids", *GUIDED)
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -75,6 +75,8 @@ def structured(fields: dict[str, Any]) -> StructuredOutputsParams | None:
             made = _response_format(value)
         elif field == "structured_outputs":
             made = params(field, **_known(field, value, STRUCTURED))
+        elif field == "allowed_token_ids":
+            made = params(field, grammar=_only(field, value))
         else:
             made = params(field, **{GUIDED[field]: value})
         if made is not None:
@@ -114,6 +116,13 @@ def _response_format(value: Any) -> StructuredOutputsParams | None:
     if kind == "structural_tag":
         return params(field, structural_tag={k: v for k, v in value.items() if k != "type"})
     raise ValueError(f"{field}: must be an object of type 'text', 'json_object', 'json_schema' or 'structural_tag', got {kind or value!r}")
+
+
+def _only(field: str, ids: list[int]) -> str:
+    """A grammar of these tokens alone."""
+    if not ids:
+        raise ValueError(f"{field}: must not be empty")
+    return f"start: <[{','.join(map(str, sorted(set(ids))))}]>+"
 
 
 def _object(what: str, value: Any) -> dict[str, Any]:

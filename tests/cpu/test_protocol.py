@@ -272,6 +272,7 @@ def test_tools_not_wanted(server: Server) -> None:
         ({"n": 1.5}, "n", "integer"),
         ({"seed": 2**70}, "seed", "64-bit"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "equal to 1"),
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "at most max_tokens"),
         ({"stop": [""]}, "stop", "non-empty"),
         ({"stop": 7}, "stop", "list"),
@@ -296,6 +297,7 @@ def test_tools_not_wanted(server: Server) -> None:
         ({"guided_json": "{"}, "guided_json", "not valid JSON"),
         ({"guided_regex": 7}, "guided_regex", "regex"),
         ({"guided_choice": []}, "guided_choice", "non-empty"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "empty"),
         ({"guided_choice": ["a", 1]}, "guided_choice", "choice"),
         ({"guided_grammar": "x" * 300_000}, "guided_grammar", "262144"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "exactly one"),
@@ -336,6 +338,7 @@ def test_a_bad_chat_field_is_named(server: Server, fields: dict[str, Any], param
         ({"ebnf": 'root ::= "a"'}, ("grammar", 'root ::= "a"')),
         ({"grammar": 'root ::= "a"'}, ("grammar", 'root ::= "a"')),
         ({"json_schema": {"a": 1}}, ("json", '{"a": 1}')),
+        ({"allowed_token_ids": [9, 5, 9]}, ("grammar", "start: <[5,9]>+")),
         ({"structured_outputs": {"json": True, "regex": None}}, ("json", "true")),
     ],
 )  # fmt: skip

@@ -84,6 +84,13 @@ def test_every_spelling(client: openai.OpenAI) -> None:
     assert all(re.fullmatch("[a-z]{6}[0-9]", a.text) for a in answers) and len(answers) == 3
 
 
+def test_some_tokens_only(client: openai.OpenAI) -> None:
+    given = client.completions.create(model="bundled", prompt=["a", "b"], max_tokens=1, extra_body={"return_token_ids": True})
+    ids = [choice.model_extra["prompt_token_ids"][-1] for choice in given.choices]  # type: ignore[index]
+    answer = client.completions.create(model="bundled", prompt="x", max_tokens=7, extra_body={"allowed_token_ids": ids}).choices[0]
+    assert re.fullmatch("[ab]{1,7}", answer.text)
+
+
 def test_forced_tool_calls_are_valid(client: openai.OpenAI) -> None:
     def calls(choice: Any, **more: Any) -> Any:
         answer = client.chat.completions.create(**{**ASK, "seed": 2, **more}, tools=TOOLS, tool_choice=choice).choices[0]
@@ -103,6 +110,7 @@ def test_a_bad_grammar_is_a_400_and_the_server_goes_on(client: openai.OpenAI) ->
     bad: list[tuple[str, Any]] = [
         ("guided_regex", "a("),
         ("guided_json", {"type": "object", "not": {}}),
+        ("allowed_token_ids", [10**8]),
         ("guided_grammar", "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(9000)) + '\nr9000: "a"'),
         ("structured_outputs", {"structural_tag": {"format": {"type": "magic"}}}),
     ]
