@@ -27,7 +27,7 @@ class Arguments:
     def read(self, cursor: Cursor) -> str:
         """What the text adds; the cursor moves behind what that was made of. At the end of a whole text, arguments may be left unfinished."""
         pieces = []
-        while not (self.ended or self.broken):
+        while not (self.ended or self.broken) and cursor.at < len(cursor.text):
             at = cursor.at
             try:
                 pieces.append(self._step(cursor))
@@ -44,6 +44,7 @@ class Arguments:
         raise NotImplementedError
 
     def _step(self, cursor: Cursor) -> str:
+        """The next piece of what is behind the cursor, which moves on by it."""
         raise NotImplementedError
 
 
@@ -53,7 +54,7 @@ class WholeArguments(Arguments):
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def _step(self, cursor: Cursor) -> str:
+    def read(self, cursor: Cursor) -> str:
         self.ended = True
         return self._text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 
@@ -52,9 +53,14 @@ class OutputParser(Protocol):
 
 def held_back(text: str, tags: tuple[str, ...]) -> int:
     """Length of the text's end that may become one of the tags."""
-    longest = max(map(len, tags), default=1) - 1
+    beginnings, longest = _beginnings(tags)
     for start in range(max(0, len(text) - longest), len(text)):
-        end = text[start:]
-        if any(tag.startswith(end) for tag in tags):
-            return len(end)
+        if text[start:] in beginnings:
+            return len(text) - start
     return 0
+
+
+@cache
+def _beginnings(tags: tuple[str, ...]) -> tuple[frozenset[str], int]:
+    """What tags begin with, and the length of the longest of that."""
+    return frozenset(tag[:end] for tag in tags for end in range(1, len(tag))), max(map(len, tags), default=1) - 1

@@ -15,6 +15,7 @@ from miniinfer.serve.parsers.readers import Schemas
 from miniinfer.serve.parsers.tools import Calls
 
 _BEGINS, _MESSAGE, _ENDS = ("<|start|>", "<|channel|>"), "<|message|>", ("<|end|>", "<|call|>", "<|return|>")
+_TAG = re.compile("|".join(map(re.escape, (*_BEGINS, *_ENDS))))
 _HEAD = re.compile(
     r"(?:<\|start\|>(?P<role>[\w.:\-]*)(?P<to_role>\s+to=[^\s<]+)?\s*)?(?:<\|channel\|>(?P<channel>\w+)(?P<to>\s+to=[^\s<]+)?)?"
     r"\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
@@ -48,13 +49,13 @@ class HarmonyParser:
     def _read(self, whole: bool) -> list[Delta]:
         deltas: list[Delta] = []
         while True:
-            found = [(at, tag) for tag in (*_BEGINS, *_ENDS) if (at := self._held.find(tag)) >= 0]
-            at, tag = min(found, default=(len(self._held), ""))
-            if not tag:
+            found = _TAG.search(self._held)
+            if found is None:
                 keep = 0 if whole else held_back(self._held, (*_BEGINS, *_ENDS))
                 self._body(len(self._held) - keep, "", whole, deltas)
                 return deltas
-            if not self._body(at, tag, whole, deltas):
+            tag = found[0]
+            if not self._body(found.start(), tag, whole, deltas):
                 return deltas
             if tag in _ENDS:
                 self._held, self._kind, self._head = self._held[len(tag) :], Content, ""

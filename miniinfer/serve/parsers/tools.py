@@ -130,6 +130,8 @@ class ToolParser:
                 self._calls.end()
             elif whole or call.arguments.broken:
                 self._call, self._fresh = None, False
+            elif not cursor.at:
+                self._wait()
             return whole or call.arguments.ended or call.arguments.broken
         try:
             following = call.after(cursor)
