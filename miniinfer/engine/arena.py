@@ -27,6 +27,16 @@ def aligned(size: int, to: int = ALIGN) -> int:
     return -(-size // to) * to
 
 
+class Wanted:
+    """How large an arena must be for all that is taken here. The tensors have no memory."""
+
+    size = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.size += aligned(math.prod(shape) * dtype.itemsize)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
 class Arena(ABC):
     """`size` bytes, of which tensors are taken one behind the other and never given back. `mapped`: is there memory behind the addresses."""
 

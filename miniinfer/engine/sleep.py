@@ -6,16 +6,15 @@ arena.py's; that nothing runs meanwhile is core.py's care.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miniinfer.data import SLEEP_TAGS
-from miniinfer.engine.arena import Arena, aligned, make_arena, trim_heap
+from miniinfer.engine.arena import Arena, Wanted, make_arena, trim_heap
 
 WEIGHTS, KV_CACHE = SLEEP_TAGS
 CHUNK = 256 << 20  # bytes of a piece of pinned memory; torch's allocator of it rounds up to powers of two
@@ -35,13 +34,15 @@ class Memory:
         self.asleep: dict[str, int] = {}  # how deeply each part sleeps
         self._copy = _HostCopy()
 
-    def make_weights(self, model: nn.Module) -> None:
-        """The arena for a model that is built like this one (on meta)."""
-        self.weights = make_arena(sum(aligned(p.nbytes) for p in model.parameters()), self.device)
+    def make_weights(self, size: int) -> None:
+        self.weights = make_arena(size, self.device)
 
     def make_kv(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         """Zeros for each layer."""
-        self.kv = make_arena(sum(aligned(math.prod(shape) * dtype.itemsize) for shape in shapes), self.device)
+        wanted = Wanted()
+        for shape in shapes:
+            wanted.take(shape, dtype)
+        self.kv = make_arena(wanted.size, self.device)
         self._clear()
         return [self.kv.take(shape, dtype) for shape in shapes]
 

@@ -20,6 +20,7 @@ from torch import nn
 from miniinfer.config import ConfigError, EngineConfig, ModelConfig
 from miniinfer.data import RowInit, SamplingParams, StepPlan
 from miniinfer.engine import sampler
+from miniinfer.engine.arena import Wanted
 from miniinfer.engine.graphs import DRAW, FILTERED_DRAW, HIDDEN, Shape
 from miniinfer.engine.rows import FILTERED, PENALIZED
 from miniinfer.engine.runner import GIB, Runner, synchronize
@@ -93,7 +94,9 @@ def _build(shape: ModelConfig, config: EngineConfig, device: torch.device, memor
             raise ConfigError(f"model: {config.model} needs {needed / GIB:.1f} GiB for its weights, but the GPU has {free / GIB:.1f} GiB free")
     take = None
     if memory is not None:
-        memory.make_weights(registry.build(shape, dtype, "meta", config.max_model_len))
+        wanted = Wanted()
+        registry.build(shape, dtype, "cpu", 1, wanted.take)
+        memory.make_weights(wanted.size)
         take = memory.weights.take
     return registry.build(shape, dtype, device, config.max_model_len, take).eval().requires_grad_(False)
 
