@@ -57,6 +57,8 @@ HISTOGRAMS = {
     "inference": (VLLM + "request_inference_time_seconds", "From the batch to a choice's end.", _SECONDS),
     "prompt_length": (VLLM + "request_prompt_tokens", "Tokens of a prompt.", _TOKENS),
     "output_length": (VLLM + "request_generation_tokens", "Tokens of a choice.", _TOKENS),
+    "params_n": (VLLM + "request_params_n", "Choices that a prompt asks for.", _TOKENS[:8]),
+    "params_max_tokens": (VLLM + "request_params_max_tokens", "Most tokens of a choice that a prompt asks for, if it says so.", _TOKENS),
 }
 
 
@@ -178,6 +180,9 @@ class Timer:
         metrics.prompt_tokens += self._prompt_tokens
         for length in prompts:
             metrics.histograms["prompt_length"].observe(length)
+            metrics.histograms["params_n"].observe(params.n)
+            if params.max_tokens is not None:
+                metrics.histograms["params_max_tokens"].observe(params.max_tokens)
         self._record = current.get()
         if self._record is not None:
             self._record.answer_id, self._record.model, self._record.params = answer_id, metrics.model, params

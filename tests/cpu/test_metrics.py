@@ -81,7 +81,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def timed(metrics: Metrics, *updates: tuple[int, int, str | None], choices: int = 1) -> Timer:
-    timer = Timer(metrics, "a", [10], choices, SamplingParams())
+    timer = Timer(metrics, "a", [10], choices, SamplingParams(n=choices))
     timer.admitted(0, 0.0)
     for index, tokens, end in updates:
         timer.update(index, CompletionOutput(index, "", [1] * tokens, finish_reason=end))
@@ -108,6 +108,7 @@ def test_every_choice_is_counted_once() -> None:
         assert got[f"vllm:{name}_seconds_count"] == 1, name
     assert got["vllm:request_generation_tokens_sum"] == 5 and got["vllm:request_generation_tokens_bucket{le=2.0}"] == 0
     assert got["vllm:request_prompt_tokens_bucket{le=10.0}"] == 1 == got["vllm:request_prompt_tokens_bucket{le=+Inf}"]
+    assert (got["vllm:request_params_n_sum"], got["vllm:request_params_max_tokens_sum"]) == (2, 16)
 
 
 def test_several_models_share_a_page() -> None:
