@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 import anthropic
 import pytest
 from chat_tokenizer import save_tokenizer
+from echo_core import REFUSE
 from serve_fake import FakeEngine, Server
 
-from miniinfer.config import ConfigError, ServerConfig
+from miniinfer.config import ConfigError, EngineConfig, ServerConfig
 from miniinfer.data import MAX_KEEP_SECONDS, RequestOutput
+from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.prefixes import MOST_PINS, PrefixRequest, common_prefix, pin_files, prefix_tokens, read_file
@@ -218,8 +222,6 @@ def test_keys_have_their_own(tokenizer: Tokenizer) -> None:
 
 
 def test_pins_are_listed_while_the_engine_is_away(server: Server) -> None:
-    from miniinfer.engine.client import EngineDeadError
-
     async def away(command: str) -> Any:
         raise EngineDeadError("restarting")
 
@@ -261,6 +263,45 @@ def test_bad_files(tmp_path: Path, name: str, text: str, said: str) -> None:
         read_file(str(tmp_path / name))
     with pytest.raises(ConfigError, match="pin_prefix: cannot read"):
         read_file(str(tmp_path / "nowhere"))
+
+
+# -------------------------------------------------------------------------------------------------- engine process
+
+
+def test_the_engine_client_renews_pins_where_they_are_lost() -> None:
+    async def body() -> None:
+        config = EngineConfig(model="echo", skip_tokenizer_init=True, enable_sleep_mode=True)
+        engine = AsyncEngine(config, core="echo_core:EchoCore")
+        await engine.start(timeout=30)
+
+        async def computed() -> int:
+            """Steps of the present process, which has none but those for pins."""
+            while engine._ledger or not engine.stats.get("steps"):
+                await asyncio.sleep(0.01)
+            return int(engine.stats["steps"])
+
+        try:
+            async with asyncio.timeout(60):
+                assert (await engine.pin("good", [5, 6, 7])).error is None
+                assert (await engine.pin("bad", [REFUSE, 6])).error == "prompt: cannot be computed"
+                with pytest.raises(ValueError, match="vocabulary"):
+                    await engine.pin("worse", [5000])
+                assert list(engine.pins) == ["good"]
+                before = await computed()
+                await engine.sleep()
+                await engine.wake_up()
+                assert await computed() > before
+                os.kill(engine.info["pid"], signal.SIGKILL)
+                while not engine.num_restarts:
+                    engine.stats = {}
+                    await asyncio.sleep(0.01)
+                assert await computed() > 0 and engine.num_restarts == 1 and list(engine.pins) == ["good"]
+                engine.unpin("good")
+                assert (await engine.control("state"))["aborted"] == [] and not engine.pins
+        finally:
+            await engine.shutdown()
+
+    asyncio.run(body())
 
 
 # --------------------------------------------------------------------------------------------------------- hints

@@ -224,7 +224,7 @@ class Run:
         params, self.names = self.params(), self.names + 1
         count = rng.choice([1, 1, 1, 2, 4])
         params.n = count
-        priority = rng.choice([0, 0, 0, -1, 1, 3])
+        priority = rng.choice([0, 0, 0, -1, 1, 3, 120])
         for sibling in range(count):
             message = Add(f"{self.names}.{sibling}", list(prompt), params, priority=priority, group=str(self.names) if count > 1 else None)
             message.cache_salt = rng.choice(["", "", "other"])
@@ -364,6 +364,17 @@ def test_random_requests_deterministic(kinds: tuple[int, ...]) -> None:
         run.verify()
         totals.update({k: int(v) for k, v in run.scheduler.stats().items()}, copied=run.device.copied, spent=run.spent)
     _check_trouble(totals, kinds)
+
+
+def test_random_pins_are_found_and_spent() -> None:
+    """What the runs above do to pins beside all else: requests find them, and one that runs alone may take their pages."""
+    totals: Counter[str] = Counter()
+    for seed in range(4):
+        run = Run(seed * 1000 + 1, (0,), True, 1)
+        run.play(busy=60)
+        totals.update(found=sum(pin.hits for pin in run.cache.pins.by_id.values()), spent=run.spent)
+        run.verify()
+    assert totals["found"] > 3 and totals["spent"] > 3
 
 
 def _check_trouble(totals: Counter[str], kinds: tuple[int, ...]) -> None:
