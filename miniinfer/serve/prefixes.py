@@ -69,7 +69,8 @@ class PrefixRequest(Strict):
 
 
 class Prefix(Shape):
-    """A pinned prefix. `resident_pages` may be less than `pages` for a while: after a restart, or when a request that ran alone needed them."""
+    """A pinned prefix. `resident_pages` may be less than `pages` for a while: after a restart, or when a request that ran alone needed them.
+    `hits` are requests that found it whole, since the engine process was started."""
 
     object: Literal["prefix"]
     name: str

@@ -204,6 +204,14 @@ def test_one_of_two_at_once_is_told_to_wait(server: Server) -> None:
     assert (first, second) == (200, 409) and "is being computed" in error["error"]["message"]
 
 
+def test_a_deadline_holds_here_too(server: Server) -> None:
+    server.engine.gate = asyncio.Event()  # never set
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/v1/prefixes", json.dumps(rules()), {"content-type": "application/json", "x-request-timeout": "0.1"})
+    assert connection.getresponse().status == 408
+    assert names(server) == [] and not server.engine.open and server.api.gate.admission.requests == 0
+
+
 def test_there_is_a_most(server: Server) -> None:
     for number in range(MOST_PINS):
         server.fleet.pins[None, f"filler {number}"] = object()
