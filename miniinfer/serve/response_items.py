@@ -12,7 +12,10 @@ from miniinfer.data import CompletionOutput
 from miniinfer.serve.answers import ChatAnswer, encode
 from miniinfer.serve.parsers import whole_arguments
 from miniinfer.serve.protocol import ApiError
+from miniinfer.serve.response_tools import TEXT, UNSEEN, Origin, flat, text_of
 from miniinfer.serve.schemas import Shape
+
+_CALLS = ("function_call", "custom_tool_call")
 
 
 class ResponseUsage(Shape):
@@ -54,9 +57,12 @@ def messages_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if text:
                 assistant()["reasoning_content"] = text
         elif kind == "function_call":
-            function = {"name": item["name"], "arguments": item["arguments"]}
+            function = {"name": flat(item["name"], item.get("namespace")), "arguments": item["arguments"]}
             assistant().setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
-        elif kind == "function_call_output":
+        elif kind == "custom_tool_call":
+            function = {"name": flat(item["name"], item.get("namespace")), "arguments": json.dumps({TEXT: item["input"]}, ensure_ascii=False)}
+            assistant().setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             turn = None
             messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
         elif item["role"] == "assistant":
@@ -83,7 +89,9 @@ class ResponseAnswer(ChatAnswer):
         self.response: dict[str, Any] = {}
         self.ended: Callable[[], None] = lambda: None
         self._number = 0  # of the next event
+        self.origins: dict[str, Origin] = {}  # tools that are not called what the chat calls them
         self._item: dict[str, Any] | None = None  # the output item that grows
+        self._arguments = ""  # of a custom tool's call, which becomes its text at the end
         self._call = -1  # the chat's index of the call that it is
 
     def begin(self, asked: dict[str, Any]) -> None:
@@ -103,12 +111,12 @@ class ResponseAnswer(ChatAnswer):
             "error": None,
             "incomplete_details": None,
             "usage": None,
-            "tools": asked["tools"] or [],
+            "tools": [tool for tool in asked["tools"] or [] if tool["type"] not in UNSEEN],
             "tool_choice": asked["tool_choice"] or "auto",
             "text": {"format": {k: v for k, v in given.items() if v is not None}, "verbosity": text.get("verbosity") or "medium"},
             "reasoning": {"effort": None, "summary": None} | {k: v for k, v in (asked["reasoning"] or {}).items() if k != "generate_summary"},
             "top_logprobs": asked["top_logprobs"] or 0,
-            "truncation": "disabled",
+            "truncation": asked["truncation"] or "disabled",
             "metadata": asked["metadata"] or {},
         }
 
@@ -154,8 +162,11 @@ class ResponseAnswer(ChatAnswer):
             events += self._grow("response.output_text.delta", text or "", logprobs)
         for call in delta.get("tool_calls") or ():
             events += self._open_call(call)
-            if arguments := call["function"].get("arguments"):
-                assert self._item is not None
+            arguments = call["function"].get("arguments")
+            assert self._item is not None
+            if arguments and self._item["type"] == "custom_tool_call":
+                self._arguments += arguments
+            elif arguments:
                 self._item["arguments"] += arguments
                 events += self._event("response.function_call_arguments.delta", **self._place(), delta=arguments)
         if reason := choice.get("finish_reason"):
@@ -183,12 +194,17 @@ class ResponseAnswer(ChatAnswer):
         return events + self._event("response.content_part.added", **self._place(), content_index=0, part=part)
 
     def _open_call(self, call: dict[str, Any]) -> list[bytes]:
-        if self._item is not None and self._item["type"] == "function_call" and self._call == call["index"]:
+        if self._item is not None and self._item["type"] in _CALLS and self._call == call["index"]:
             return []
         events = self._close()
         self._call = call["index"]
-        self._item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "status": "in_progress", "call_id": call["id"]}
-        self._item |= {"name": call["function"]["name"], "arguments": ""}
+        name, self._arguments = call["function"]["name"], ""
+        origin = self.origins.get(name) or Origin(name, None, False)
+        kind = _CALLS[origin.custom]
+        self._item = {"id": f"{'ctc' if origin.custom else 'fc'}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress", "call_id": call["id"]}
+        self._item |= {"name": origin.name, "input" if origin.custom else "arguments": ""}
+        if origin.namespace is not None:
+            self._item["namespace"] = origin.namespace
         self.response["output"].append(self._item)
         return events + self._event("response.output_item.added", output_index=len(self.response["output"]) - 1, item=self._item)
 
@@ -208,9 +224,13 @@ class ResponseAnswer(ChatAnswer):
         if item is None:
             return []
         item["status"] = status
-        if item["type"] == "function_call":
-            if whole_arguments(item["arguments"]) is None:
-                item["status"] = "incomplete"
+        if item["type"] in _CALLS and whole_arguments(item.get("arguments", self._arguments)) is None:
+            item["status"] = "incomplete"
+        if item["type"] == "custom_tool_call":
+            item["input"] = text_of(self._arguments)
+            events = self._event("response.custom_tool_call_input.delta", **place, delta=item["input"])
+            events += self._event("response.custom_tool_call_input.done", **place, input=item["input"])
+        elif item["type"] == "function_call":
             events = self._event("response.function_call_arguments.done", **place, arguments=item["arguments"], name=item["name"])
         else:
             part = item["content"][0]

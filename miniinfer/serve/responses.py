@@ -1,36 +1,36 @@
-"""OpenAI's Responses API: bodies, routes, and the store that `previous_response_id` and retrieval need.
+"""OpenAI's Responses API: bodies and routes.
 
 A response is a chat answer told in other words: the body becomes a ChatRequest, and the chat's stream becomes items and events
-(response_items.py), so that templates, tools, formats and reasoning are the same in both APIs. Owns nothing of a request's life.
+(response_items.py), so that templates, tools, formats and reasoning are the same in both APIs. Tools are response_tools.py's, what is remembered
+response_store.py's. Owns nothing of a request's life.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from collections import OrderedDict
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import Discriminator, Field, Tag, WithJsonSchema, field_validator
+from pydantic import Discriminator, Field, Tag, WithJsonSchema, field_validator, model_validator
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
+from miniinfer.data import SamplingParams
+from miniinfer.engine.output import validate
 from miniinfer.serve.answers import encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.openai import chat_answer
 from miniinfer.serve.protocol import ApiError, CacheRetention, ChatRequest, Effort, Stop, Strict, TemplateVariables, TokenIds, between, checked
 from miniinfer.serve.response_items import ResponseAnswer, ResponseShape, messages_of
+from miniinfer.serve.response_store import Events, Store, Stored
+from miniinfer.serve.response_tools import ResponseTool, ToolChoice, for_chat
 from miniinfer.serve.schemas import Deleted, Shape, described
 from miniinfer.serve.service import Service, as_api_error
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
-
-MAX_STORED, MAX_STORED_BYTES, STORED_SECONDS = 1000, 256 << 20, 24 * 3600.0
 
 # ------------------------------------------------------------------------------------------------------------ bodies
 
@@ -76,13 +76,27 @@ class CallItem(Item):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
+    caller: dict[str, Any] | None = None
+
+
+class CustomCallItem(Item):
+    """A call of a custom tool that the model made."""
+
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    input: str
+    namespace: str | None = None
+    caller: dict[str, Any] | None = None
 
 
 class CallOutput(Item):
     """What the function returned."""
 
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
+    caller: dict[str, Any] | None = None
     output: Annotated[str, WithJsonSchema(_CONTENT)]
 
     _text = field_validator("output", mode="before")(_join)
@@ -99,37 +113,39 @@ class ReasoningItem(Item):
     _text = field_validator("content", mode="before")(_join)
 
 
+class ItemReference(Strict):
+    """An item of a stored response."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: str
+
+
 def _kind(value: Any) -> str:
     """A dict's when it is checked, a model's when it is written out again."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return str(kind or "message")
+    reference = isinstance(value, dict) and not kind and set(value) == {"id"}
+    return "item_reference" if reference else str(kind or "message")
 
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[CallOutput, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind),
+    | Annotated[CustomCallItem, Tag("custom_tool_call")]
+    | Annotated[CallOutput, Tag("custom_tool_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_item",
+        custom_error_message="items of this type come from tools that OpenAI's servers run; leave it out, or tell what it says in a message",
+    ),
 ]
 
 
 def _or_text(schema: dict[str, Any]) -> None:
     items = {key: schema.pop(key) for key in ("type", "items", "minItems") if key in schema}
     schema["anyOf"] = [{"type": "string", "minLength": 1}, items]
-
-
-class FunctionTool(Strict):
-    """A function that the model may call."""
-
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def for_chat(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
 
 
 class Format(Strict):
@@ -163,11 +179,6 @@ class ReasoningOptions(Strict):
     generate_summary: str | None = None
 
 
-class NamedFunction(Strict):
-    type: Literal["function"]
-    name: str
-
-
 class EventOptions(Strict):
     include_obfuscation: bool = False
 
@@ -187,13 +198,13 @@ class ResponsesRequest(Strict):
     temperature: float | None = between(0, 100)
     top_p: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
     top_logprobs: int | None = between(0, 20)
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     include: list[str] | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = between(0, 1)
     presence_penalty: float | None = between(-2, 2)
@@ -221,19 +232,26 @@ class ResponsesRequest(Strict):
     def _one_message(cls, value: Any) -> Any:
         return [{"role": "user", "content": value}] if isinstance(value, str) and value else value
 
-    def chat(self, before: list[dict[str, Any]]) -> ChatRequest:
-        """The same as a chat request, after the messages of `before`."""
-        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        messages = instructions + before + messages_of([item.model_dump(exclude_none=True) for item in self.input])
+    @model_validator(mode="before")
+    @classmethod
+    def _known_foreign_fields(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        for name, why in _REFUSED.items():
+            if raw.get(name):
+                raise ApiError(400, f"{name}: {why}", param=name)
+        return {k: v for k, v in raw.items() if k not in _IGNORED and k not in _REFUSED}
+
+    def chat(self, conversation: list[dict[str, Any]]) -> ChatRequest:
+        """The same as a chat request with these messages after the instructions."""
+        messages = ([] if self.instructions is None else [{"role": "system", "content": self.instructions}]) + conversation
         raw: dict[str, Any] = {name: getattr(self, name) for name in _PASSED_ON} | {"messages": messages}
         raw["reasoning_effort"] = self.reasoning.effort if self.reasoning is not None else None
         raw["max_completion_tokens"] = self.max_output_tokens
         if self.wants_logprobs:
             raw |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
-        if self.tools:
-            raw["tools"] = [tool.for_chat() for tool in self.tools]
-        choice = self.tool_choice
-        raw["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedFunction) else choice
+        raw["tools"] = for_chat(self.tools or [])[0] or None
+        raw["tool_choice"] = self.tool_choice if isinstance(self.tool_choice, str | None) else self.tool_choice.for_chat()
         if self.text is not None and self.text.format is not None:
             raw["response_format"] = self.text.format.for_chat()
         try:
@@ -252,56 +270,21 @@ class ResponsesRequest(Strict):
 _PASSED_ON = "model stream parallel_tool_calls temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed".split()
 _PASSED_ON += "stop stop_token_ids ignore_eos skip_special_tokens include_stop_str_in_output priority cache_salt chat_template_kwargs".split()
 _PASSED_ON += ["prompt_cache_retention"]
+# Settings of a service's, and hints that change no answer.
+_IGNORED = ("access_programs", "client_metadata", "context_management", "prompt_cache_options")
+_REFUSED = {
+    "conversation": "not supported; go on from a response with previous_response_id",
+    "moderation": "not supported; ask a model for it in a request of its own",
+    "prompt": "not supported; send what it says as instructions and input",
+}
 _RENAMED = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 
-# ------------------------------------------------------------------------------------------------------------- store
-
-
-@dataclass(slots=True)
-class Stored:
-    """A response, and the conversation up to and with it (without instructions, which are not handed on)."""
-
-    response: dict[str, Any]
-    input: list[dict[str, Any]]
-    messages: list[dict[str, Any]]
-    size: int = 0
-    until: float = field(default_factory=lambda: time.monotonic() + STORED_SECONDS)
-    task: asyncio.Task[None] | None = None  # computes it, in the background
-
-
-class Store:
-    """Responses by id, in memory: the oldest go when there are too many, too much of them, or after a day. One being computed stays."""
-
-    def __init__(self, count: int = MAX_STORED, size: int = MAX_STORED_BYTES) -> None:
-        self._count, self._size = count, size
-        self._held: OrderedDict[str, Stored] = OrderedDict()
-        self._total = 0
-
-    def put(self, stored: Stored) -> None:
-        """Adds a response, or what has become of one."""
-        self.drop(stored.response["id"])
-        stored.size = len(encode((stored.response, stored.input, stored.messages)))
-        self._held[stored.response["id"]] = stored
-        self._total += stored.size
-        for id in [id for id, held in self._held.items() if held.task is None or held.task.done()]:
-            if len(self._held) <= self._count and self._total <= self._size and self._held[id].until > time.monotonic():
-                break
-            self.drop(id)
-
-    def get(self, id: str, param: str | None = None) -> Stored:
-        """ApiError 404 for one that is not, or no longer, there."""
-        stored = self._held.get(id)
-        if stored is None or stored.until <= time.monotonic():
-            self.drop(id)
-            raise ApiError(404, f"there is no response '{id}'; responses are kept in memory for a day, if 'store' is true", param=param)
-        return stored
-
-    def drop(self, id: str) -> None:
-        if (stored := self._held.pop(id, None)) is not None:
-            self._total -= stored.size
-
-
 # ------------------------------------------------------------------------------------------------------------ routes
+
+
+class InputTokens(Shape):
+    object: str
+    input_tokens: int
 
 
 class ItemList(Shape):
@@ -320,19 +303,21 @@ def router(fleet: Fleet) -> APIRouter:
     @routes.post("", **described(ResponsesRequest, ResponseShape, stream="text/event-stream"))
     async def create(http: Request) -> Response:
         service, request = await fleet.read(http, ResponsesRequest)
-        if request.background and (request.stream or not request.store):
-            raise ApiError(400, "background: only without stream and with store", param="background")
+        if request.background and not request.store:
+            raise ApiError(400, "background: needs store, from which the answer can be had", param="background")
         previous = request.previous_response_id
         before = store.get(previous, "previous_response_id") if previous is not None else None
         if before is not None and before.response["status"] in ("queued", "in_progress"):
             raise ApiError(400, f"previous_response_id: '{previous}' is not completed yet", param="previous_response_id")
-        answer, params = await chat_answer(service, request.chat(before.messages if before else []), ResponseAnswer, "resp_")
+        items = _given(request, store)
+        conversation = (before.messages if before else []) + messages_of(items)
+        answer, params = await _answer(service, request, conversation)
         answer.begin(request.model_dump(by_alias=True))
-        items = [{"id": f"msg_{uuid.uuid4().hex}", **item.model_dump(exclude_none=True)} for item in request.input]
+        answer.origins = for_chat(request.tools or [])[1]
         stored = Stored(answer.response, items, [])
 
         def keep() -> None:
-            stored.messages = (before.messages if before else []) + messages_of(items) + messages_of(answer.response["output"])
+            stored.messages = conversation + messages_of(answer.response["output"])
             store.put(stored)
 
         if request.store:
@@ -341,13 +326,38 @@ def router(fleet: Fleet) -> APIRouter:
             return await service.respond(http, answer, params)
         service.check_length(answer.prompts[0], params.max_tokens)
         service.gate.admit(1)
-        stored.task = asyncio.create_task(_compute(service, answer, params))
+        stored.events = Events() if request.stream else None
+        stored.task = asyncio.create_task(_compute(service, answer, params, stored.events))
         store.put(stored)
+        if stored.events is not None:
+            return _stream(stored.events, 0)
         return _json(answer.response)
 
-    @routes.get("/{response_id}", **described(answer=ResponseShape))
-    async def retrieve(response_id: str) -> Response:
-        return _json(store.get(response_id).response)
+    @routes.post("/input_tokens", **described(ResponsesRequest, InputTokens))
+    async def count(http: Request) -> Response:
+        """How many tokens a request's input is."""
+        service, request = await fleet.read(http, ResponsesRequest)
+        previous = request.previous_response_id
+        before = store.get(previous, "previous_response_id").messages if previous is not None else []
+        answer, params = await chat_answer(service, request.chat(before + messages_of(_given(request, store))), ResponseAnswer, "resp_")
+        ids = answer.prompts[0].token_ids
+        try:
+            validate(
+                ids[:1], params, service.engine.info, service.engine.tokenizer
+            )  # what would be refused when it is sent; its length is the question
+        except ValueError as e:
+            raise ApiError.from_value_error(e) from None
+        return _json({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+    @routes.get("/{response_id}", **described(answer=ResponseShape, stream="text/event-stream"))
+    async def retrieve(response_id: str, stream: bool = False, starting_after: Annotated[int, Query(ge=-1)] = -1) -> Response:
+        """A stored response or, if it was made in the background with stream, its events behind the one with the number `starting_after`."""
+        stored = store.get(response_id)
+        if not stream:
+            return _json(stored.response)
+        if stored.events is None:
+            raise ApiError(400, "stream: only a response that was made with background and stream can be streamed again", param="stream")
+        return _stream(stored.events, starting_after + 1)
 
     @routes.delete("/{response_id}", **described(answer=Deleted))
     async def delete(response_id: str) -> Response:
@@ -388,21 +398,66 @@ def router(fleet: Fleet) -> APIRouter:
     return routes
 
 
-async def _compute(service: Service, answer: ResponseAnswer, params: Any) -> None:
-    """A response that nobody waits for."""
+def _given(request: ResponsesRequest, store: Store) -> list[dict[str, Any]]:
+    """The request's items, those that it only refers to included."""
+    items = []
+    for i, item in enumerate(request.input):
+        if isinstance(item, ItemReference):
+            items.append(store.item(item.id, f"input.{i}"))
+        else:
+            items.append({"id": f"msg_{uuid.uuid4().hex}", **item.model_dump(exclude_none=True)})
+    return items
+
+
+async def _answer(service: Service, request: ResponsesRequest, conversation: list[dict[str, Any]]) -> tuple[ResponseAnswer, SamplingParams]:
+    """The answer to be. With truncation "auto" a conversation that does not fit loses its oldest turns, as few as it must."""
+
+    async def from_turn(first: int) -> tuple[ResponseAnswer, SamplingParams]:
+        kept = [message for message in conversation[:first] if message["role"] in ("system", "developer")] + conversation[first:]
+        return await chat_answer(service, request.chat(kept), ResponseAnswer, "resp_")
+
+    turns = [0, *(i for i, message in enumerate(conversation) if i and message["role"] == "user")]
+    made = await from_turn(0)
+    if request.truncation != "auto" or len(turns) == 1 or _fits(service, *made):
+        return made
+    low, high = 1, len(turns) - 1  # the last turn stays, and if it does not fit, that is an error
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(service, *await from_turn(turns[middle])) else (middle + 1, high)
+    return await from_turn(turns[low])
+
+
+def _fits(service: Service, answer: ResponseAnswer, params: SamplingParams) -> bool:
+    return len(answer.prompts[0].token_ids) + (params.max_tokens or 1) <= int(service.engine.info["max_model_len"])
+
+
+def _stream(events: Events, first: int) -> Response:
+    return StreamingResponse(events.read(first), headers={"content-type": "text/event-stream", "cache-control": "no-cache"})
+
+
+async def _compute(service: Service, answer: ResponseAnswer, params: SamplingParams, events: Events | None) -> None:
+    """A response that nobody waits for; somebody may follow its events."""
+    told = b""
     try:
         answer.response["status"] = "in_progress"
         async with aclosing(service.items(answer, params)) as items:
             async for item in items:
                 for delta in item.outputs:
-                    answer.add(delta)
+                    if events is None:
+                        answer.add(delta)
+                    else:
+                        events.add(answer.event(delta))
     except asyncio.CancelledError:
-        answer.close("cancelled")
+        told = b"".join(answer.close("cancelled"))
     except Exception as e:
         shown = as_api_error(e)
         if shown.status == 500:
             log.error("%s failed", answer.id, exc_info=e)
-        answer.failure(shown)
+        told = answer.failure(shown)
+    finally:
+        if events is not None:
+            events.add(told)
+            events.end()
 
 
 def _shown(item: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from chat_tokenizer import save_tokenizer
 from serve_fake import FakeEngine, Server
 
 from miniinfer.engine.text import Tokenizer
+from miniinfer.serve.response_store import Events
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -233,3 +236,147 @@ def test_what_anthropics_servers_would_do_is_refused_by_name(server: Server) -> 
         assert word in message(server, 400, **fields)["error"]["message"]
     error = message(server, 400, thread={"type": "create"})["error"]  # the tool runners of Anthropic's clients try it, and go on without
     assert error["details"]["error_code"] == "thread_unsupported_request"
+
+
+# ------------------------------------------------------------------------------------------------------ Responses API
+
+
+def response(server: Server, status: int = 200, **fields: Any) -> Any:
+    answer = post(server, "/v1/responses", {"model": "tiny", "input": "hello", **fields})
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def events_of(text: str) -> list[Any]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+PATCH: Any = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "edits files",
+    "format": {"type": "grammar", "syntax": "lark", "definition": "start: /x/"},
+}
+CODEX: Any = [
+    {"type": "function", "name": "exec_command", "strict": False, "parameters": WEATHER, "output_schema": {"type": "object"}},
+    PATCH,
+    {"type": "web_search", "external_web_access": False},
+    {"type": "namespace", "name": "mcp__maps__", "description": "maps", "tools": [{"type": "function", "name": "weather", "parameters": WEATHER}]},
+]
+
+
+def test_codex_request(server: Server) -> None:
+    """Codex CLI: everything in the request, nothing stored, tools of four kinds."""
+    server.engine.reply = lambda prompt: CALL.replace("weather", "mcp__maps__weather")
+    user = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]}
+    developer = {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "<permissions>"}]}
+    more = {"tool_choice": "auto", "parallel_tool_calls": True, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "store": False}
+    more |= {
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "text": {"verbosity": "low"},
+        "client_metadata": {"x": "y"},
+        "service_tier": "auto",
+    }
+    asked = {"model": "tiny", "instructions": "be", "input": [developer, user], "tools": CODEX, "stream": True, **more}
+    answer = post(server, "/v1/responses", asked, originator="codex_cli_rs", accept="text/event-stream")
+    assert answer.status_code == 200, answer.text
+    events = events_of(answer.text)
+    last = events[-1]["response"]
+    assert [tool["type"] for tool in last["tools"]] == ["function", "custom", "namespace"]  # what the model was told of
+    (call,) = last["output"]
+    assert call["type"] == "function_call" and (call["namespace"], call["name"]) == ("mcp__maps__", "weather")
+    prompt = prompt_of(server)
+    assert '"mcp__maps__weather"' in prompt and "start: /x/" in prompt and "web_search" not in prompt
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": [{"type": "input_text", "text": "sunny"}]}
+    response(server, input=[user, call, result], tools=CODEX, store=False)
+    assert '{"name": "mcp__maps__weather"' in prompt_of(server) and "sunny" in prompt_of(server)
+
+
+def test_a_custom_tool_takes_a_text(server: Server) -> None:
+    server.engine.reply = lambda prompt: '<tool_call>{"name": "apply_patch", "arguments": {"input": "*** Begin\\n+é"}}</tool_call>'
+    answer = post(server, "/v1/responses", {"input": "hello", "tools": [PATCH], "stream": True})
+    events = events_of(answer.text)
+    names = [event["type"] for event in events]
+    assert names[2:6] == [
+        "response.output_item.added",
+        "response.custom_tool_call_input.delta",
+        "response.custom_tool_call_input.done",
+        "response.output_item.done",
+    ]
+    (call,) = events[-1]["response"]["output"]
+    assert call["type"] == "custom_tool_call" and call["name"] == "apply_patch" and call["input"] == "*** Begin\n+é" == events[3]["delta"]
+    result = {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": "done"}
+    response(server, input=[{"role": "user", "content": "x"}, call, result], tools=[PATCH])
+    assert '{"input": "*** Begin\\n+é"}' in prompt_of(server) and "done" in prompt_of(server)
+    response(server, tools=[PATCH], tool_choice={"type": "custom", "name": "apply_patch"})
+    assert "apply_patch" in server.engine.seen[-1][1].structured_outputs.text
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "exec_command"}]}
+    response(server, tools=CODEX, tool_choice=choice)
+    assert "apply_patch" not in server.engine.seen[-1][1].structured_outputs.text
+
+
+def test_items_by_reference(server: Server) -> None:
+    """The AI SDK sends back the ids of what was stored, not the items."""
+    tool = {"type": "function", "name": "weather", "parameters": WEATHER}
+    server.engine.reply = lambda prompt: CALL
+    (call,) = response(server, tools=[tool])["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    for reference in ({"type": "item_reference", "id": call["id"]}, {"id": call["id"]}):
+        response(server, input=[{"role": "user", "content": "x"}, reference, result], tools=[tool])
+        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in prompt_of(server)
+    lost = {"type": "item_reference", "id": "fc_lost"}
+    assert "fc_lost" in response(server, 404, input=[lost])["error"]["message"]
+
+
+def test_a_stream_in_the_background_can_be_read_again(server: Server) -> None:
+    answer = post(server, "/v1/responses", {"input": "hello", "background": True, "stream": True})
+    events = events_of(answer.text)
+    assert events[0]["type"] == "response.created" and events[-1]["type"] == "response.completed"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    url = f"{server.url}/v1/responses/{events[0]['response']['id']}"
+    assert httpx.get(url).json()["status"] == "completed"
+    assert httpx.get(url, params={"stream": True}).text == answer.text
+    rest = httpx.get(url, params={"stream": "true", "starting_after": 4})
+    assert rest.headers["content-type"].startswith("text/event-stream") and events_of(rest.text) == events[5:]
+    plain = response(server)["id"]
+    refused = httpx.get(f"{server.url}/v1/responses/{plain}?stream=true")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream"
+
+
+def test_events_are_read_while_they_come() -> None:
+    async def follow() -> list[bytes]:
+        events, seen = Events(), list[bytes]()
+
+        async def read() -> None:
+            async for event in events.read(1):
+                seen.append(event)
+
+        events.add(b"a\n\nb\n\n")
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        events.add(b"c\n\n")
+        await asyncio.sleep(0)
+        events.end()
+        await reader
+        return seen
+
+    assert asyncio.run(follow()) == [b"b\n\n", b"c\n\n"]
+
+
+def test_truncation_drops_the_oldest_turns(server: Server) -> None:
+    turns = [[{"role": "user", "content": f"question {i} " + "x" * 300}, {"role": "assistant", "content": f"answer {i}"}] for i in range(9)]
+    talk = [{"role": "system", "content": "rules"}, *(message for turn in turns for message in turn), {"role": "user", "content": "last"}]
+    assert response(server, 400, input=talk)["error"]["code"] == "context_length_exceeded"
+    made = response(server, input=talk, truncation="auto", max_output_tokens=100)
+    prompt, tokens = prompt_of(server), len(server.engine.seen[-1][0])
+    assert made["truncation"] == "auto" and "rules" in prompt and "last" in prompt and "question 0" not in prompt and "answer 0" not in prompt
+    assert 2048 - 100 - 400 < tokens <= 2048 - 100  # no more than it must
+    response(server, input=talk[:3], truncation="auto")
+    assert "question 0" in prompt_of(server)
+    response(server, 400, input=[talk[0], {"role": "user", "content": "x" * 3000}], truncation="auto")
+
+
+def test_input_tokens_are_counted(server: Server) -> None:
+    counted = post(server, "/v1/responses/input_tokens", {"model": "tiny", "input": "hello", "instructions": "be"}).json()
+    assert counted["object"] == "response.input_tokens"
+    assert counted["input_tokens"] == response(server, instructions="be")["usage"]["input_tokens"]

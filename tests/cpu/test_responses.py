@@ -14,7 +14,7 @@ from serve_fake import FakeEngine, Server
 
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.response_items import messages_of
-from miniinfer.serve.responses import Store, Stored
+from miniinfer.serve.response_store import Store, Stored
 
 TOOL: Any = {"type": "function", "name": "weather", "description": "the weather", "parameters": {"type": "object"}, "strict": None}
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
@@ -198,15 +198,19 @@ def test_the_engine_dies(server: Server, client: openai.OpenAI) -> None:
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input"),
+        ({"input": "x", "conversation": "conv_1"}, "conversation"),
+        ({"input": "x", "prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"input": [{"role": "user", "content": "x", "more": 1}]}, "input"),
         ({"input": "x", "unknown": 1}, "unknown"),
         ({"input": "x", "temperature": -1}, "temperature"),
-        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"),
-        ({"input": "x", "truncation": "auto"}, "truncation"),
-        ({"input": "x", "background": True, "stream": True}, "background"),
+        ({"input": "x", "tools": [{"type": "file_search"}]}, "tools"),
+        ({"input": "x", "tools": [TOOL, TOOL]}, "tools"),
+        ({"input": "x", "tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"input": "x", "truncation": "left"}, "truncation"),
+        ({"input": "x", "background": True, "store": False}, "background"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-        ({"input": "x", "max_output_tokens": 0}, "max_tokens"),
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
 def test_a_bad_field_is_named(server: Server, fields: dict[str, Any], param: str) -> None:
@@ -233,10 +237,10 @@ def test_what_the_assistant_did_becomes_one_message() -> None:
 
 
 def test_the_store_has_limits() -> None:
-    store = Store(count=3, size=2000)
+    store = Store(count=3, size=2100)
 
     def held(id: str, text: str = "") -> Stored:
-        return Stored({"id": id, "status": "completed", "text": text}, [], [])
+        return Stored({"id": id, "status": "completed", "text": text, "output": [{"id": f"msg_{id}"}]}, [], [])
 
     for i in range(5):
         store.put(held(f"r{i}"))
@@ -247,6 +251,9 @@ def test_the_store_has_limits() -> None:
         except Exception as e:
             assert "no response" in str(e)
     assert kept == ["r2", "r3", "r4"]
+    assert store.item("msg_r4", "input.0") == {"id": "msg_r4"}
+    with pytest.raises(Exception, match="no item 'msg_r0'"):
+        store.item("msg_r0", "input.0")
     store.put(held("big", "x" * 1700))
     store.put(held("r9"))
     assert store.get("r9") and store.get("big")
