@@ -150,6 +150,7 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
     ("harmony", "<|channel|>commentary<|message|>First the weather.<|end|><|start|>assistant" + HARMONY.format("get_weather", J(TWO_DAYS))
      + "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>", "First the weather.", AB),
     ("harmony", HARMONY.format("write", J(NESTED)), "", N),
+    ("harmony", f" to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{J(PARIS)}<|call|>", "", A),
     ("json", f'{{"name": "get_weather", "arguments": {J(PARIS)}}}', "", A),
     ("json", f'```json\n[{{"name": "get_weather", "arguments": {J(TWO_DAYS)}}}, {{"name": "now", "arguments": {{}}}}]\n```', "", AB),
     ("json", f'{{"name": "get_weather", "parameters": {J(TWO_DAYS)}}}\n'
@@ -333,6 +334,8 @@ THINK: list[tuple[str, str, str, str, str]] = [  # format, prompt, text, reasoni
     ("harmony", "", "<|channel|>analysis<|message|>Hmm.<|end|><|start|>assistant<|channel|>final<|message|>Yes. ", "Hmm.", "Yes. "),
     ("harmony", "", "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>analysis<|message|>B", "A\nB", ""),
     ("harmony", "", "plain text < > <|", "", "plain text < > <|"),
+    ("harmony", "", " to=5 <|end", "", " to=5 <|end"),
+    ("harmony", "", " to=x<|channel|>commentary<|message|>y", "", " to=x<|channel|>commentary<|message|>y"),
 ]
 
 

@@ -21,6 +21,7 @@ _HEAD = re.compile(
     r"\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
 )
 _LONGEST_HEAD = 256  # characters
+_PROMPTED = "<|start|>assistant"  # what prompts end with
 
 
 class HarmonyParser:
@@ -29,6 +30,8 @@ class HarmonyParser:
     def __init__(self, calls: Calls | None, schemas: Schemas, split_reasoning: bool) -> None:
         self._calls, self._schemas, self._split_reasoning = calls, schemas, split_reasoning
         self._held = ""
+        self._first = True  # nothing has been read yet
+        self._prompted = 0  # characters before what is held that are the prompt's
         self._kind: type[Content] | type[Reasoning] | None = Content  # of the text that is being read; None: that of a call
         self._arguments: JsonArguments | None = None  # of a call that has been reported
         self._head, self._to = "", ""  # of the message that is being read
@@ -48,6 +51,13 @@ class HarmonyParser:
 
     def _read(self, whole: bool) -> list[Delta]:
         deltas: list[Delta] = []
+        if self._first:
+            text = self._held.lstrip()
+            if "to=".startswith(text) and not whole:
+                return deltas
+            self._first = False
+            if text.startswith("to="):  # the head goes on that the prompt has begun
+                self._held, self._prompted = _PROMPTED + self._held, len(_PROMPTED)
         while True:
             found = _TAG.search(self._held)
             if found is None:
@@ -119,11 +129,12 @@ class HarmonyParser:
         if end < 0 and not whole and len(self._held) <= _LONGEST_HEAD:
             return False
         head = _HEAD.fullmatch(self._held, 0, end + len(_MESSAGE)) if 0 <= end <= _LONGEST_HEAD - len(_MESSAGE) else None
+        prompted, self._prompted = self._prompted, 0
         if head is None:
-            text, self._held = self._held[: len(tag)], self._held[len(tag) :]
+            text, self._held = self._held[prompted : len(tag)], self._held[prompted or len(tag) :]
             self._say(self._kind or Content, text, deltas)
             return True
-        self._head, self._held = head[0], self._held[head.end() :]
+        self._head, self._held = head[0][prompted:], self._held[head.end() :]
         to = (head["to"] or head["to_role"] or "").strip().removeprefix("to=")
         self._to = to.removeprefix("functions.")
         self._kind = None if to else Reasoning if head["channel"] == "analysis" else Content
