@@ -10,7 +10,7 @@ There is no prefill and no decode: a request has `computed` and `total` tokens, 
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from miniinfer.engine.grammar import Constraint
 
 SECONDS_PER_PRIORITY = 30.0  # a request of priority p is treated as if it had come p times this later, so nobody starves
+FAR = 1800.0  # seconds: a request whose turn is so much later than another's must not be felt by that one
+FAR_SHARE = 128  # of so many tokens of a step's budget they have one, while somebody else computes
 NOT_FINITE = "the model's logits were not finite (NaN or infinity)"
 RETRY_STEPS = 8  # how often a blocked head of the queue is tried again although no page was freed
 RUNNING_PER_HEADROOM_PAGE = 4  # admission leaves a page per so many running requests, so that it does not cause a preemption at once
@@ -42,7 +44,8 @@ class Scheduler:
     """Continuous batching with chunked prefill, priorities, preemption and prefix reuse.
 
     Order of everything is the request's key, (arrival + 30 s * priority, counter), lowest first: admission takes the lowest key, preemption
-    the highest. The lowest key therefore always makes progress."""
+    the highest. The lowest key therefore always makes progress. Those that are FAR behind it have a small share of its steps, and give up their
+    places for it."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Scheduler:
             raise ValueError(f"num_pages: a step could compute {cache.max_chunk} tokens of a request at most, fewer than {least}")
         self.cache = cache
         self._budget = max_num_batched_tokens
+        self._far_budget = max(1, max_num_batched_tokens // FAR_SHARE)
         self._max_chunk = min(max_num_batched_tokens, cache.max_chunk)
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
@@ -208,6 +212,7 @@ class Scheduler:
             self._now = now
             self.cache.tick(now)
         plan = StepPlan(self._steps, [], [], [], [], [], [], [])
+        self._give_way()
         preemptions = self._counts["preemptions"]
         work = self._plan_running(plan.page_entries)
         if not work or preemptions == self._counts["preemptions"]:  # where pages were short, newcomers would make them shorter
@@ -247,10 +252,14 @@ class Scheduler:
         """(request, tokens) pairs of running requests.
 
         Each may have one token, which is all that a decode wants; prompts share what the budget leaves, so that they never hold decodes
-        up. Pages go by key: a request short of pages takes them from the highest key, whose turn has not come, so nothing planned is undone."""
+        up. Those that are far behind whoever runs, or is about to, share a few tokens. Pages go by key: a request short of pages takes them
+        from the highest key, whose turn has not come, so nothing planned is undone."""
         running = self._running
         work: list[tuple[Request, int]] = []
-        spare = self._budget - len(running)
+        urgent = self._waiting[0][0][0] if self._waiting else float("inf")
+        lead = min(urgent, running[0].key[0]) if running else urgent
+        first_far, far = bisect_right(running, lead + FAR, key=lambda r: r.key[0]), self._far_budget
+        spare = self._budget - first_far - min(far, len(running) - first_far)
         turn = 0
         while turn < len(running):
             request = running[turn]
@@ -259,11 +268,15 @@ class Scheduler:
             if total >= request.max_total:  # its last token is in flight
                 continue
             count = total - request.computed
+            behind = turn > first_far and (bool(work) or urgent == lead)
+            if behind and not far:
+                break
             if count > 1:
-                count = self._chunk(request, min(count, spare + 1, self._max_chunk))
+                count = self._chunk(request, min(count, spare + 1, self._max_chunk, far if behind else count))
                 if not count:
                     continue
                 spare -= count - 1
+            far -= count if behind else 0
             if request.computed + count > request.pages.capacity and not self._make_room(request, count, entries):
                 break
             work.append((request, count))
@@ -287,15 +300,28 @@ class Scheduler:
     def _make_room(self, request: Request, count: int, entries: list[PageEntry]) -> bool:
         """Pages for `count` more tokens, if need be at the cost of the highest keys; False if that was the request itself."""
         while not self._extend(request, request.computed + count, entries):
-            victim = self._running.pop()
-            self._give_back(victim)
-            victim.status, victim.computed = Status.WAITING, 0
-            victim.preemptions += 1
-            self._counts["preemptions"] += 1
-            heapq.heappush(self._waiting, (victim.key, victim))
-            if victim is request:
+            if self._preempt() is request:
                 return False
         return True
+
+    def _preempt(self) -> Request:
+        """Puts the running request of the highest key back into the queue."""
+        victim = self._running.pop()
+        self._give_back(victim)
+        victim.status, victim.computed = Status.WAITING, 0
+        victim.preemptions += 1
+        self._counts["preemptions"] += 1
+        heapq.heappush(self._waiting, (victim.key, victim))
+        return victim
+
+    def _give_way(self) -> None:
+        """The place of one that is far behind the head of the queue, which found none in the step before."""
+        head = self._waiting[0][1] if self._waiting and self._running else None
+        if head is None or not _is_far(self._running[-1], head):
+            return
+        if not self._rows or (self._blocked is not None and self._blocked[0] is head):
+            self._preempt()
+            self._blocked = None
 
     def _extend(self, request: Request, upto: int, entries: list[PageEntry]) -> bool:
         """Pinned pages are for a request that runs alone and could not go on otherwise."""
@@ -314,6 +340,10 @@ class Scheduler:
             if leader is not None and leader.status is Status.RUNNING and leader.computed < leader.prompt_len - 1:
                 held.append(heapq.heappop(self._waiting))
                 continue
+            if work and _is_far(request, self._running[0]):
+                budget = min(budget, self._far_budget - sum(count for other, count in work if _is_far(other, self._running[0])))
+                if budget < self._least:
+                    break
             if request.in_flight or not self._admit(request, plan):
                 break
             if request.admission is None:
@@ -511,6 +541,11 @@ class Scheduler:
             _ensure(0 <= r.in_flight <= launched[r.id], "a token is in flight without a step")
             _ensure(r.computed <= len(r.tokens) + r.in_flight <= r.max_total, "a request has run past its end")
         _ensure(sum(g.alive for g in self._groups.values()) == sum(r.group is not None for r in everyone), "a group's size is wrong")
+
+
+def _is_far(request: Request, other: Request) -> bool:
+    """Is a request's turn so much later than another's that it must not be in its way."""
+    return request.key[0] - other.key[0] > FAR
 
 
 def _pool(request: Request, start: int, sums: list[float]) -> None:

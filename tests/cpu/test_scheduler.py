@@ -166,6 +166,48 @@ def test_priorities_are_seconds_of_arrival() -> None:
     assert list(finish(scheduler)) == ["urgent", "late", "low", "later"]
 
 
+def test_who_is_far_behind_is_hardly_felt() -> None:
+    scheduler = make(budget=512, seqs=16)
+    for i in range(10):
+        add(scheduler, f"far {i}", prompt(10 * i, 8), priority=120, max_tokens=20)
+    assert sum(step(scheduler)[0].counts) == 80 and sum(step(scheduler)[0].counts) == 10  # alone they have all of it
+    add(scheduler, "me", prompt(500, 30), max_tokens=3)
+    add(scheduler, "too", prompt(500, 31), max_tokens=3)
+    add(scheduler, "far late", prompt(900, 100), priority=120)
+    assert sorted(step(scheduler)[0].counts) == [1, 1, 1, 1, 30, 31]  # from the first step on
+    for _ in range(2):
+        assert step(scheduler)[0].counts == [1] * 6
+    plan, _ = step(scheduler)
+    assert sum(plan.counts) == 110 and "me" not in running(scheduler)
+    assert set(finish(scheduler)) == {f"far {i}" for i in range(10)} | {"far late"}
+
+
+def test_a_prompt_that_is_far_behind_comes_in_small_pieces() -> None:
+    scheduler = make(budget=512)
+    add(scheduler, "me", prompt(0, 10), max_tokens=20)
+    add(scheduler, "far", prompt(50, 40), priority=120)
+    assert [step(scheduler)[0].counts for _ in range(4)] == [[10, 4], [1, 4], [1, 4], [1, 4]]
+    add(scheduler, "far too", prompt(200, 40), priority=120)
+    assert step(scheduler)[0].counts == [1, 4]
+    assert list(finish(scheduler)) == ["far", "me", "far too"]
+
+
+@pytest.mark.parametrize(("pages", "seqs"), [(101, 3), (1 + 3 * 8, 8)])
+def test_who_is_far_behind_gives_its_place_up(pages: int, seqs: int) -> None:
+    scheduler = make(pages=pages, seqs=seqs)
+    for i in range(3):  # all rows, or all pages
+        add(scheduler, f"far {i}", prompt(40 * i, 24), priority=120, max_tokens=16, now=float(i))
+    for _ in range(4):
+        step(scheduler)
+    add(scheduler, "me", prompt(500, 20), max_tokens=9, now=5.0)
+    add(scheduler, "near", prompt(600, 4), max_tokens=9, priority=1, now=6.0)
+    for _ in range(4):
+        step(scheduler)
+    assert running(scheduler)[:2] == ["me", "near"] and "far 2" not in running(scheduler)
+    ended = finish(scheduler)
+    assert len(ended) == 5 and list(ended)[:2] == ["me", "near"]
+
+
 def test_a_head_that_does_not_fit_is_not_overtaken() -> None:
     scheduler = make(pages=1 + 10)
     add(scheduler, "first", prompt(0, 20), max_tokens=9)
