@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from miniinfer.data import CompletionOutput, Logprob, RequestOutput
+from miniinfer.data import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.parsers import CallArguments, CallStart, Content, Delta, Formats, Reasoning
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
@@ -31,6 +31,7 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None  # as the client wrote it, or as the chat template did
     formats: Formats | None = None  # of what answers a conversation
+    params: SamplingParams | None = None  # its own, with the n of all, where a request's prompts have different ones
     logprobs: list[Table | None] | None = None
     cached_tokens: int = 0
     cache_miss: str | None = None  # why the prompt's next token was not cached, if the request asks

@@ -59,7 +59,9 @@ class EmbeddingUsage(Shape):
 
 
 class EmbeddingList(Shape):
+    id: str
     object: str
+    created: int
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
@@ -89,7 +91,7 @@ class EmbeddingAnswer(Answer):
         data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(self._vectors)]
         usage = self.usage()
         counts = {key: usage[key] for key in ("prompt_tokens", "total_tokens", "prompt_tokens_details")}
-        return encode({"object": "list", "data": data, "model": self._about["model"], "usage": counts})
+        return encode(self._about | {"object": "list", "data": data, "usage": counts})
 
 
 def _base64(vector: list[float]) -> str:

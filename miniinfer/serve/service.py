@@ -131,9 +131,10 @@ class Service:
 
     async def respond(self, http: Request, answer: Answer, params: SamplingParams) -> Response:
         for prompt in answer.prompts:
-            self.check_length(prompt, params.max_tokens)
+            self.check_length(prompt, (prompt.params or params).max_tokens)
         if http.headers.get("x-explain-cache", "").lower() in ("1", "true"):
-            params.explain_cache = True
+            for each in (params, *(prompt.params for prompt in answer.prompts if prompt.params is not None)):
+                each.explain_cache = True
         headers = {"x-request-id": answer.id}
         items = self.items(answer, params)
         if not answer.request.stream:
@@ -170,7 +171,9 @@ class Service:
         """The same once the engine is there."""
         self.check_alive()
         request, count = answer.request, len(answer.prompts)
-        output = None if params.max_tokens is None else params.n * params.max_tokens
+        own = [prompt.params or params for prompt in answer.prompts]
+        limits = [each.max_tokens for each in own if each.max_tokens is not None]
+        output = params.n * max(limits) if len(limits) == count else None
         client, priority, background = caller.get().client, request.priority, caller.get().background
         if client is not None:  # a key's priority is not for its holder to better
             priority = client.priority + max(0, priority)
@@ -182,8 +185,8 @@ class Service:
         numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)
         sources = [
-            self.engine.generate(prompt.token_ids, params, request_id, priority, request.cache_salt, delta=True, pooling=answer.pooling)
-            for request_id, prompt in zip(ids, answer.prompts, strict=True)
+            self.engine.generate(prompt.token_ids, each, request_id, priority, request.cache_salt, delta=True, pooling=answer.pooling)
+            for request_id, prompt, each in zip(ids, answer.prompts, own, strict=True)
         ]
         deadline = self._at_deadline(ids, getattr(request, "timeout", None))
         try:

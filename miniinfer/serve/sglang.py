@@ -99,8 +99,8 @@ class SglangRequest(Strict):
         if (self.text is None) == (self.input_ids is None):
             raise ApiError(400, "text: give either text or input_ids", param="text")
         several = self.sampling_params
-        if isinstance(several, list) and (not several or len(several) != len(self.prompts) or any(one != several[0] for one in several)):
-            raise ApiError(400, "sampling_params: a list must have one for each prompt, and all the same", param="sampling_params")
+        if isinstance(several, list) and (not several or len(several) != len(self.prompts) or len({one.n or 1 for one in several}) > 1):
+            raise ApiError(400, "sampling_params: a list must have one for each prompt, all with the same n", param="sampling_params")
         return self
 
     @property
@@ -114,11 +114,15 @@ class SglangRequest(Strict):
         given: Any = self.text if self.text is not None else self.input_ids
         return given if self.batch else [given]
 
-    def completion(self, service: Service) -> tuple[CompletionRequest, SamplingParams]:
-        """The same as a completion, which has its checks."""
-        sampling = self.sampling_params[0] if isinstance(self.sampling_params, list) else self.sampling_params
+    def completion(self, service: Service) -> tuple[CompletionRequest, list[SamplingParams]]:
+        """The same as a completion, which has its checks, and each prompt's parameters, or those of all."""
+        several = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params]
+        request, first = self._completion(service, self.prompts, several[0])
+        return request, [first, *(self._completion(service, [[0]], sampling)[1] for sampling in several[1:])]
+
+    def _completion(self, service: Service, prompts: list[Any], sampling: SglangSampling) -> tuple[CompletionRequest, SamplingParams]:
         try:
-            request = checked(CompletionRequest, {"prompt": self.prompts, "stream": self.stream} | sampling.completion())
+            request = checked(CompletionRequest, {"prompt": prompts, "stream": self.stream} | sampling.completion())
             params = request.params(service.defaults)
         except ApiError as e:
             names = _NAMES | {"prompt": "text" if self.text is not None else "input_ids", "structured_outputs": "sampling_params"}
@@ -232,9 +236,12 @@ def router(fleet: Fleet) -> APIRouter:
     async def generate(http: Request) -> Response:
         service, asked = await fleet.read(http, SglangRequest)
         request, params = asked.completion(service)
-        answer = _answer(service, request, params, [await _prompt(service, given) for given in asked.prompts])
+        prompts = [await _prompt(service, given) for given in asked.prompts]
+        for prompt, own in zip(prompts, params, strict=len(params) > 1):
+            prompt.params = own
+        answer = _answer(service, request, params[0], prompts)
         answer.asked = asked
-        return await service.respond(http, answer, params)
+        return await service.respond(http, answer, params[0])
 
     @routes.get("/get_model_info", **described(answer=ModelInfo))
     async def model_info(model: str | None = None) -> Response:

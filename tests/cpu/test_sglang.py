@@ -80,6 +80,8 @@ def test_batches(server: Server, prompts: Any) -> None:
     assert [ended[i]["text"] for i in (0, 1)] == [a["text"] for a in answers]
     assert len(generate(server, text=["hello"])) == 1
     assert len(generate(server, text="hello", sampling_params={"n": 3})) == 3
+    own = generate(server, **prompts, sampling_params=[{"max_new_tokens": 3}, {"max_new_tokens": 1, "temperature": 0.5}])
+    assert [len(answer["output_ids"]) for answer in own] == [3, 1] and {seen[1].temperature for seen in server.engine.seen[-2:]} == {1.0, 0.5}
 
 
 def test_events_hold_all_so_far(server: Server) -> None:
