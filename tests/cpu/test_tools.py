@@ -118,6 +118,8 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
      "", [("get_weather", {"city": "12", "unit": None})]),
     ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nSt.\n\nJohn's\n\n<parameter=days>\n2\n</function>\n</tool_call>",
      "", [("get_weather", {"city": "St.\n\nJohn's\n", "days": 2})]),
+    *(("qwen3_coder", f"<function=get_weather>\n<parameter=unit>\n{text}\n</parameter>\n</function>", "", [("get_weather", {"unit": value})])
+      for text, value in {"None": None, "null ": None, "nullable": "nullable", "no": "no", "True": "True", "1": "1", "": "", "[1]": "[1]"}.items()),
     ("llama3", f'{{"name": "get_weather", "parameters": {J(PARIS)}}}', "", A),
     ("llama3", f'<|python_tag|>{{"name": "get_weather", "parameters": {J(TWO_DAYS)}}}; {{"name": "now", "parameters": {{}}}}', "", AB),
     ("llama3", '<|python_tag|>brave_search.call(query="weather in \\"Paris\\"")', "", [("brave_search", {"query": 'weather in "Paris"'})]),

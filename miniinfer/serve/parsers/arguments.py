@@ -216,12 +216,12 @@ class TaggedArguments(Arguments):
             cursor.optional(self._margin)
         types = json_types(self._properties.get(key))
         begin = f"{self._begin}{dump_json(key)}: "
-        if types == {"string"}:
+        start, (end, behind) = cursor.at, self._end(cursor)
+        if _is_text(cursor.text[start:end], types):
             begin, self._in_text = begin + '"', True
+        elif not behind:
+            raise More
         else:
-            start, (end, behind) = cursor.at, self._end(cursor)
-            if not behind:
-                raise More
             try:
                 begin, cursor.at = begin + dump_json(typed(cursor.text[start:end], types)), behind
             except ValueError:  # nested too deeply
@@ -245,6 +245,13 @@ class TaggedArguments(Arguments):
         return len(cursor.text) - held_back(cursor.text[cursor.at :], tuple(self._closers)), 0
 
 
+def _is_text(begun: str, types: set[str]) -> bool:
+    """Is a value of the XML forms text, whatever follows what there is of it."""
+    if "null" not in types:
+        return types == {"string"}
+    return types == {"string", "null"} and not any(word.startswith(begun.strip().lower()) for word in ("null", "none"))
+
+
 def typed(text: str, types: set[str]) -> Any:
     """A value of the XML forms: text where the schema wants a string, else JSON, else text after all."""
     if types == {"string"}:
@@ -253,7 +260,7 @@ def typed(text: str, types: set[str]) -> Any:
         value = load_json(text.strip())
     except ValueError:
         words = {"true": True, "false": False, "none": None} if types else {}
-        return words.get(text.strip().lower(), text)
+        value = words.get(text.strip().lower(), text)
     return text if "string" in types and not types & _JSON_TYPES.get(type(value), set()) else value
 
 
