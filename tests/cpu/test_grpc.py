@@ -121,7 +121,7 @@ def test_prompts_and_outputs_of_all_kinds(tokenizer: Tokenizer) -> None:
         ({"sampling": {"temperature": -1.0}}, grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
         ({"sampling": {"temperature": float("nan")}}, grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
         ({"sampling": {"max_tokens": 0}}, grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
-        ({"sampling": {"max_tokens": 100_000}}, grpc.StatusCode.INVALID_ARGUMENT, "the model's context"),
+        ({"sampling": {"max_tokens": 100_000}}, grpc.StatusCode.INVALID_ARGUMENT, "this model's maximum context"),
         ({"sampling": {"stop_token_ids": [99_999]}}, grpc.StatusCode.INVALID_ARGUMENT, "stop_token_ids"),
         ({"model": "other"}, grpc.StatusCode.NOT_FOUND, "the model 'other'"),
     ],
