@@ -28,7 +28,6 @@ log = get_logger(__name__)
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_ID = 512  # characters of a custom_id
 MAX_ERRORS = 100  # shown of a file
-LOOK = 0.25  # seconds between looks whether there is room for more, where nothing else tells
 AGAIN, LATEST = 1.0, 60.0  # seconds until a line is tried again that the server had no place for, where it does not say when; they double
 NO_PLACE = (429, 503)  # statuses that are not the line's fault
 
@@ -321,106 +320,88 @@ async def ask(app: ASGIApp, line: Line, caller: Caller) -> Result:
     return result
 
 
-class Slots:
-    """How many lines run at once. The limit is asked for anew for every line; who comes first is served first."""
+class Runner:
+    """Runs lines, as many at once as there are slots, which others may want, too, but holds at most so many in memory.
 
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self._limit, self.running = limit, 0
-        self._turn, self._left = asyncio.Lock(), asyncio.Event()
+    `run` asks for an answer, `keep` writes results: several at a time, if they come faster than it takes them. A line for which the server has no
+    place is tried again later; `pace` says how long the next one has to wait in any case."""
 
-    async def enter(self) -> None:
-        async with self._turn:
-            while self.running >= self._limit():
-                self._left.clear()
-                try:
-                    async with asyncio.timeout(LOOK):
-                        await self._left.wait()
-                except TimeoutError:
-                    continue
-            self.running += 1
+    def __init__(
+        self,
+        run: Callable[[Line], Awaitable[Result]],
+        keep: Callable[[list[Result]], Awaitable[None]],
+        slots: asyncio.Semaphore,
+        most: int,
+        pace: Callable[[], float] | None = None,
+    ) -> None:
+        self._run, self._keep, self._slots, self._pace = run, keep, slots, pace
+        self._held, self._turn = asyncio.Semaphore(most), asyncio.Lock()
+        self._finished: asyncio.Queue[Result | None] = asyncio.Queue()
+        self._taken = 0  # slots
+        self._pause, self._delay = 0.0, AGAIN  # until when, on the loop's clock, the server has no place for more; how long that is next time
 
-    def leave(self) -> None:
-        self.running -= 1
-        self._left.set()
+    async def all(self, lines: Iterator[Line]) -> None:
+        """If this is cancelled, what is finished is still kept, and what is not is given up."""
+        writer, work = asyncio.create_task(self._write()), asyncio.create_task(self._start(lines))
+        try:
+            await asyncio.wait((writer, work), return_when=asyncio.FIRST_COMPLETED)  # the writer ends first only if it fails
+        finally:
+            work.cancel()
+            (ended,) = await asyncio.gather(work, return_exceptions=True)
+            while self._taken:  # by lines that were given up before they began
+                self._leave()
+            self._finished.put_nowait(None)
+            await writer
+        if isinstance(ended, Exception):
+            raise ended
 
-
-async def run_lines(
-    lines: Iterator[Line],
-    run: Callable[[Line], Awaitable[Result]],
-    keep: Callable[[list[Result]], Awaitable[None]],
-    slots: Slots,
-    most: int,
-    pace: Callable[[], float] | None = None,
-) -> None:
-    """Runs lines, as many at once as there are slots but at most so many, and hands results to `keep`, several at a time if they come faster than it
-    takes them. A line for which the server has no place is tried again later; `pace` says how long the next one has to wait in any case. If this is
-    cancelled, what is finished is still kept, and what is not is given up."""
-    finished: asyncio.Queue[Result | None] = asyncio.Queue()
-    turn, held, loop = asyncio.Lock(), asyncio.Semaphore(most), asyncio.get_running_loop()
-    pause, delay = 0.0, AGAIN  # on the loop's clock: until then the server has no place for more of these; how long that is next time
-
-    taken = 0  # slots
-
-    async def enter() -> None:
-        nonlocal taken
-        async with turn:  # in their order, and none while one waits
-            while (wait := max(pause - loop.time(), 0.0 if pace is None else pace())) > 0:
-                await asyncio.sleep(wait)
-            await slots.enter()
-            taken += 1
-
-    def leave() -> None:
-        nonlocal taken
-        taken -= 1
-        slots.leave()
-
-    async def one(line: Line) -> None:
-        nonlocal pause, delay
-        while True:
-            try:
-                result = await run(line)
-            finally:
-                leave()
-            if not result.again:
-                break
-            now = loop.time()
-            if now >= pause:  # of those that were refused together the first
-                pause, delay = now + (result.retry_after or delay), min(LATEST, 2 * delay)
-            await enter()
-        delay = AGAIN
-        finished.put_nowait(result)
-        held.release()
-
-    async def start_all() -> None:
+    async def _start(self, lines: Iterator[Line]) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
-                await held.acquire()
-                await enter()
+                await self._held.acquire()
+                await self._enter()
                 line = await asyncio.to_thread(next, lines, None)  # not before there is room for it
                 if line is None:
-                    leave()
+                    self._leave()
                     return
-                group.create_task(one(line))
+                group.create_task(self._one(line))
 
-    async def write() -> None:
+    async def _one(self, line: Line) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                result = await self._run(line)
+            finally:
+                self._leave()
+            if not result.again:
+                break
+            if loop.time() >= self._pause:  # of those that were refused together the first
+                self._pause = loop.time() + (result.retry_after or self._delay)
+                self._delay = min(LATEST, 2 * self._delay)
+            await self._enter()
+        self._delay = AGAIN
+        self._finished.put_nowait(result)
+
+    async def _enter(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._turn:  # in their order, and none while one waits
+            while (wait := max(self._pause - loop.time(), 0.0 if self._pace is None else self._pace())) > 0:
+                await asyncio.sleep(wait)
+            await self._slots.acquire()
+            self._taken += 1
+
+    def _leave(self) -> None:
+        self._taken -= 1
+        self._slots.release()
+
+    async def _write(self) -> None:
         more = True
         while more:
-            results = [await finished.get()]
-            while not finished.empty():
-                results.append(finished.get_nowait())
-            more = None not in results
-            if there := [result for result in results if result is not None]:
-                await keep(there)
-
-    writer, work = asyncio.create_task(write()), asyncio.create_task(start_all())
-    try:
-        await asyncio.wait((writer, work), return_when=asyncio.FIRST_COMPLETED)  # the writer ends first only if it fails
-    finally:
-        work.cancel()
-        ended = await asyncio.gather(work, return_exceptions=True)
-        while taken:  # by lines that were given up before they began
-            leave()
-        finished.put_nowait(None)
-        await writer
-    if isinstance(ended[0], Exception):
-        raise ended[0]
+            got = [await self._finished.get()]
+            while not self._finished.empty():
+                got.append(self._finished.get_nowait())
+            more = None not in got
+            if results := [result for result in got if result is not None]:
+                await self._keep(results)
+                for _ in results:
+                    self._held.release()

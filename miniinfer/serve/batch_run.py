@@ -19,7 +19,7 @@ from tqdm import tqdm
 from miniinfer.config import ConfigError, EngineConfig, ServerConfig
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
 from miniinfer.serve.admission import Caller
-from miniinfer.serve.batch_lines import Line, Result, Results, Slots, ask, check, read_lines, run_lines
+from miniinfer.serve.batch_lines import Line, Result, Results, Runner, ask, check, read_lines
 from miniinfer.serve.specs import Spec, specs
 
 SHOWN = 20  # errors told of in words
@@ -82,7 +82,7 @@ async def _run(models: list[Spec], server: ServerConfig, left: Iterator[Line], r
             return result
 
         report.begin()
-        await run_lines(left, run, report.add, Slots(lambda: most), most)
+        await Runner(run, report.add, asyncio.Semaphore(most), most).all(left)
     finally:
         await engine.shutdown()
         if fleet is not None:

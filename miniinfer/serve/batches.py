@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from miniinfer.serve.admission import Caller
 from miniinfer.serve.answers import encode
-from miniinfer.serve.batch_lines import Checked, Line, LineError, Result, Results, Slots, ask, check, read_lines, run_lines
+from miniinfer.serve.batch_lines import Checked, Line, LineError, Result, Results, Runner, ask, check, read_lines
 from miniinfer.serve.files import LONGEST_LIFE, SHORTEST_LIFE, listed, owner, page
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.protocol import ApiError, Strict
@@ -138,7 +138,7 @@ class Batches:
     def __init__(self, fleet: Fleet, store: Store) -> None:
         self._fleet, self._store = fleet, store
         self._app: ASGIApp
-        self._slots = Slots(self._seats)
+        self._slots: asyncio.Semaphore  # for lines that run, of all batches; who waits is served in turn
         self._checking = asyncio.Lock()  # one input is looked through at a time
         self._disk = ThreadPoolExecutor(1, "batches")  # records are written in the order of their changes
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the lives of those that have not ended
@@ -152,7 +152,7 @@ class Batches:
     @asynccontextmanager
     async def running(self, app: ASGIApp) -> AsyncGenerator[None]:
         """For as long as the application lives: what has not ended goes on, and stops where it is at the end."""
-        self._app = app
+        self._app, self._slots = app, asyncio.Semaphore(self._most)
         for record in self.records.values():
             if not record.ended:
                 self._start(record)
@@ -236,13 +236,9 @@ class Batches:
         self._store.needed[record.input_file_id] -= 1
         del self._tasks[record.id]
 
-    def _seats(self) -> int:
-        """Lines that may run now: half of what the engine can run at once, and few where others want something of it."""
-        admission = self._fleet.gate.admission
-        return max(1, self._most // 4 if admission.requests > admission.background else self._most)
-
     @property
     def _most(self) -> int:
+        """Lines that may run at once: half of what the engine can. That they do not hold up others is the scheduler's business."""
         return max(1, int(self._fleet.default.engine.info.get("max_num_seqs", 256)) // 2)
 
     async def _live(self, record: Record) -> None:
@@ -310,7 +306,7 @@ class Batches:
         if record.status == "cancelling":
             return "cancelled"
         pace = caller.client.pace if caller.client is not None else None
-        work = self._working[record.id] = asyncio.create_task(run_lines(left, run, keep, self._slots, self._most, pace))
+        work = self._working[record.id] = asyncio.create_task(Runner(run, keep, self._slots, self._most, pace).all(left))
         try:
             await asyncio.wait((work,), timeout=max(0.0, record.expires_at - time.time()))
         finally:

@@ -28,7 +28,7 @@ from miniinfer.config import ConfigError, ServerConfig
 from miniinfer.data import SamplingParams
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.admission import BACKGROUND_PRIORITY, Admission
-from miniinfer.serve.batch_lines import Line, LineError, Result, Results, Slots, check, read_lines, run_lines
+from miniinfer.serve.batch_lines import Line, LineError, Result, Results, Runner, check, read_lines
 from miniinfer.serve.multipart import FormError, FormReader, boundary_of
 from miniinfer.serve.protocol import ApiError
 from miniinfer.serve.storage import Lines, Store
@@ -393,38 +393,13 @@ def test_the_background_stays_in_the_background(tokenizer: Tokenizer) -> None:
         assert priorities == {BACKGROUND_PRIORITY: 40, 0: 1} and engine.most == 9
 
 
-def test_few_lines_run_while_others_ask() -> None:
-    async def main() -> None:
-        limit = [4]
-        slots = Slots(lambda: limit[0])
-        entered: list[int] = []
-
-        async def enter(number: int) -> None:
-            await slots.enter()
-            entered.append(number)
-
-        tasks = [asyncio.create_task(enter(i)) for i in range(9)]
-        await asyncio.sleep(0.01)
-        assert entered == [0, 1, 2, 3]
-        limit[0] = 2
-        for _ in range(3):
-            slots.leave()
-        await asyncio.sleep(0.01)
-        assert entered == [0, 1, 2, 3, 4]
-        limit[0] = 100  # nobody leaves, and yet it is noticed
-        await asyncio.gather(*tasks)
-        assert entered == list(range(9))
-
-    asyncio.run(main())
-
-
-def run_all(count: int, run: Callable[[Line], Any], monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> tuple[list[Result], Slots]:
+def run_all(count: int, run: Callable[[Line], Any], monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[Result]:
     """Runs so many lines with four slots; cancelled when so many are kept."""
     monkeypatch.setattr("miniinfer.serve.batch_lines.AGAIN", 0.01)
     kept: list[Result] = []
 
-    async def main() -> Slots:
-        slots, enough = Slots(lambda: 4), asyncio.Event()
+    async def main() -> None:
+        slots, enough = asyncio.Semaphore(4), asyncio.Event()
 
         async def keep(results: list[Result]) -> None:
             kept.extend(results)
@@ -432,15 +407,16 @@ def run_all(count: int, run: Callable[[Line], Any], monkeypatch: pytest.MonkeyPa
             if stop_at is not None and len(kept) >= stop_at:
                 enough.set()
 
-        work = asyncio.create_task(run_lines(iter([Line(i, str(i), CHAT, b"{}") for i in range(count)]), run, keep, slots, 8))
+        work = asyncio.create_task(Runner(run, keep, slots, 8).all(iter([Line(i, str(i), CHAT, b"{}") for i in range(count)])))
         if stop_at is not None:
             await enough.wait()
             work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
-        return slots
+        assert slots._value == 4, "every slot has been given back"
 
-    return kept, asyncio.run(main())
+    asyncio.run(main())
+    return kept
 
 
 def test_a_line_that_finds_no_place_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,9 +428,9 @@ def test_a_line_that_finds_no_place_is_tried_again(monkeypatch: pytest.MonkeyPat
         again = line.number % 3 == 0 and tried[line.number] <= 3
         return Result(line, status=503 if again else 200, again=again)
 
-    kept, slots = run_all(20, run, monkeypatch)
+    kept = run_all(20, run, monkeypatch)
     assert sorted(result.line.number for result in kept) == list(range(20)) and all(result.ok for result in kept)
-    assert tried == {i: 4 if i % 3 == 0 else 1 for i in range(20)} and slots.running == 0
+    assert tried == {i: 4 if i % 3 == 0 else 1 for i in range(20)}
 
 
 def test_what_is_finished_when_it_stops_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,8 +441,8 @@ def test_what_is_finished_when_it_stops_is_kept(monkeypatch: pytest.MonkeyPatch)
         finished.append(line.number)
         return Result(line, status=200)
 
-    kept, slots = run_all(1000, run, monkeypatch, stop_at=30)
-    assert [result.line.number for result in kept] == finished and 30 <= len(finished) < 1000 and slots.running == 0
+    kept = run_all(1000, run, monkeypatch, stop_at=30)
+    assert [result.line.number for result in kept] == finished and 30 <= len(finished) < 1000
 
 
 def test_whoever_cannot_write_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,10 +453,10 @@ def test_whoever_cannot_write_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         async def keep(_: list[Result]) -> None:
             raise OSError(errno.ENOSPC, "full")
 
-        slots = Slots(lambda: 4)
+        slots = asyncio.Semaphore(4)
         with pytest.raises(OSError, match="full"):
-            await run_lines((Line(i, str(i), CHAT, b"{}") for i in itertools.count()), run, keep, slots, 8)
-        assert slots.running == 0
+            await Runner(run, keep, slots, 8).all(Line(i, str(i), CHAT, b"{}") for i in itertools.count())
+        assert slots._value == 4
 
     asyncio.run(main())
 
