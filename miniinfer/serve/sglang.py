@@ -23,7 +23,7 @@ from miniinfer.serve.answers import Answer, Choice, Prompt, Table, encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import renamed
 from miniinfer.serve.protocol import ApiError, CompletionRequest, Strict, TokenIds, between, checked
-from miniinfer.serve.schemas import Shape, State, described
+from miniinfer.serve.schemas import Error, Shape, State, described
 from miniinfer.serve.service import Service
 
 HEALTH_SECONDS = 20.0  # for one token
@@ -256,7 +256,7 @@ def router(fleet: Fleet) -> APIRouter:
         state = {**service.engine.stats, "unfinished": service.unfinished}
         return JSONResponse({**_about(service), "version": __version__, **facts, "internal_states": [state]})
 
-    @routes.get("/health_generate", **described(answer=State, error=State))
+    @routes.get("/health_generate", **described(answer=State, error=State | Error))
     async def health_generate(model: str | None = None) -> Response:
         """Does the engine make a token, in reasonable time."""
         service = await fleet.service(model)

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's shapes: what a text or a conversation is in tokens, and back. Owns their bodies and routes."""
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's shapes: what a text or a conversation is in tokens, and back. Owns bodies and routes."""
 
 from __future__ import annotations
 
@@ -60,12 +60,19 @@ class Tokenized(Shape):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(Shape):
+    eos_token: str | None
+    bos_token: str | None
+    chat_template: str | None
+    model_max_length: int
+
+
 class Detokenized(Shape):
     prompt: str
 
 
 def router(fleet: Fleet) -> APIRouter:
-    """Both routes, at the root as vLLM has them."""
+    """The routes, at the root as vLLM has them."""
     routes = APIRouter()
 
     @routes.post("/tokenize", **described(TokenizeRequest, Tokenized))
@@ -101,5 +108,16 @@ def router(fleet: Fleet) -> APIRouter:
         else:
             text = await asyncio.to_thread(tokenizer.decode, request.tokens, False)
         return JSONResponse({"prompt": text})
+
+    @routes.get("/tokenizer_info", **described(answer=TokenizerInfo))
+    async def info(model: str | None = None) -> Response:
+        """Its special tokens by their roles and its chat template, for clients that put prompts together themselves."""
+        service = await fleet.service(model)
+        tokenizer = service.engine.tokenizer
+        if tokenizer is None:
+            raise ApiError(404, "the server runs without a tokenizer")
+        template = tokenizer.chat_templates.get("default")
+        about = {"chat_template": template.text if template else None, "model_max_length": service.engine.info["max_model_len"]}
+        return JSONResponse({"eos_token": None, "bos_token": None, **tokenizer.special_tokens, **about})
 
     return routes

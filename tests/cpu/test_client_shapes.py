@@ -133,6 +133,18 @@ def test_too_long_a_prompt_is_called_that(server: Server) -> None:
     assert error["code"] == "context_length_exceeded" and error["message"].startswith("this model's maximum context length is 2048 tokens")
 
 
+def test_lm_evals_remote_tokenizer(server: Server) -> None:
+    """lm-eval asks for these three before it trusts a server with its prompts, and scores token ids with echo."""
+    info = httpx.get(server.url + "/tokenizer_info").json()
+    assert info["eos_token"] == "<|im_end|>" and info["bos_token"] is None and "im_start" in info["chat_template"]
+    ids = post(server, "/tokenize", {"prompt": "hello there", "add_special_tokens": False}).json()["tokens"]
+    assert post(server, "/detokenize", {"tokens": ids}).json()["prompt"] == "hello there"
+    scored = {"model": "tiny", "prompt": [ids, ids[1:]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    for choice, prompt in zip(post(server, "/v1/completions", scored).json()["choices"], (ids, ids[1:]), strict=True):
+        values = choice["logprobs"]["token_logprobs"]
+        assert values[0] is None and values[1:-1] == [-token / 1000 for token in prompt[1:]]
+
+
 # ------------------------------------------------------------------------------------------------------- Anthropic's
 
 
