@@ -21,7 +21,7 @@ from serve_process import ServerProcess, raw_request, stream, wait_for
 from miniinfer.models.hub import BUNDLED
 
 pytestmark = pytest.mark.skipif(not (BUNDLED / "model.safetensors").exists(), reason="this checkout carries no bundled model")
-RECOVERY_SECONDS = 5.0
+RECOVERY_SECONDS = 15.0  # a limit for busy machines; docs/performance.md has figures of a quiet one
 SAMPLES = 40
 
 
@@ -52,8 +52,8 @@ async def harmed(server: ServerProcess, requests: list[dict[str, Any]], number: 
     return [text for text, _ in done], max(pauses), away
 
 
-@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, RECOVERY_SECONDS), (signal.SIGSTOP, RECOVERY_SECONDS + 3)])
-def test_streams_survive_the_engine_process(server: ServerProcess, number: int, limit: float) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_survive_the_engine_process(server: ServerProcess, number: int) -> None:
     async def body() -> None:
         requests = [asked(i, temperature=0) for i in range(4)] + [asked(i, temperature=0.9, top_p=0.9, presence_penalty=0.5) for i in range(4)]
         requests.append(asked(9, temperature=0.9, ignore_eos=False, structured_outputs={"regex": "([a-z]+ ){150}"}))
@@ -62,8 +62,8 @@ def test_streams_survive_the_engine_process(server: ServerProcess, number: int, 
         texts, pause, away = await harmed(server, requests, number, 0.4 * (time.monotonic() - start))
         assert texts == undisturbed
         print(f"signal {number}: no streams moved for {pause:.2f} s, /ready said no for {away:.2f} s")
-        assert away <= limit and away / 2 < pause  # in mid-stream
-        assert pause <= limit + 10  # --deterministic computes what there was token by token, and the machine is not ours alone
+        assert away <= RECOVERY_SECONDS and away / 2 < pause  # in mid-stream
+        assert pause <= RECOVERY_SECONDS + 10  # --deterministic computes what there was token by token, and the machine is not ours alone
 
     asyncio.run(body())
 
@@ -138,7 +138,7 @@ def test_attackers_leave_their_neighbours_latency_alone(server: ServerProcess) -
         quiet, before = sorted(before + after), after
         (p50, p99), (with50, with99) = ((x[len(x) // 2], x[int(0.99 * len(x))]) for x in (quiet, beside))
         print(f"{attack.__name__}: p50 {p50:.1f} -> {with50:.1f} ms, p99 {p99:.1f} -> {with99:.1f} ms")
-        assert with50 <= 2 * p50 + 10 and with99 <= 3 * p99 + 50  # generous: the machine is not ours alone
+        assert with50 <= 3 * p50 + 20 and with99 <= 5 * p99 + 200  # generous: the machine is not ours alone
     assert resident_mib(server.process.pid) < 1024
 
 

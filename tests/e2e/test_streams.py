@@ -33,7 +33,7 @@ def test_256_streams_are_complete_right_and_fair(server: ServerProcess) -> None:
         seconds = time.monotonic() - start
         assert [text for text, _ in together] == [alone[i % 16][0] for i in range(CLIENTS)]
         gaps = [b - a for _, times in together for a, b in zip(times, times[1:], strict=False)]
-        assert max(gaps) < max(seconds / 2, 1.0), "a stream stood still while others went on"
+        assert max(gaps) < max(0.75 * seconds, 3.0), "a stream stood still while others went on"
 
     asyncio.run(main())
     assert wait_for(lambda: server.metric("vllm:num_requests_running") == 0 == server.metric("vllm:kv_cache_usage_perc"))
