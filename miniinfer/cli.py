@@ -99,10 +99,12 @@ def _struct_fields(cls: type) -> Iterable[Any]:
     return msgspec.structs.fields(cls)
 
 
-def add_options(parser: Parser, cls: type, *, only: Iterable[str] = (), skip: Iterable[str] = (), positional: str = "", **defaults: Any) -> None:
+def add_options(
+    parser: Parser, cls: type, *, only: Iterable[str] = (), skip: Iterable[str] = (), positional: str = "", title: str = "", **defaults: Any
+) -> None:
     """Adds an option for each field (or those in `only`); `positional` is an argument instead; `defaults` replace the class's own. A switch that
     is on by default is shown as its --no- form, so its description has to go on from "do not"."""
-    group = parser.add_argument_group((cls.__doc__ or cls.__name__).split(". ")[0].strip().rstrip("."))
+    group = parser.add_argument_group(title or (cls.__doc__ or cls.__name__).split(". ")[0].strip().rstrip("."))
     for option in options_of(cls):
         if (only and option.name not in only) or option.name in skip:
             continue
@@ -390,8 +392,8 @@ class BatchOptions:
 
 def _batch_options(parser: Parser) -> None:
     add_options(parser, BatchOptions)
-    add_options(parser, ServerConfig, only=BATCH_MODEL)
-    add_options(parser, EngineConfig, positional="model", skip=("profile",))
+    add_options(parser, ServerConfig, only=BATCH_MODEL, title="Names, and how requests and answers are read")
+    add_options(parser, EngineConfig, positional="model", skip=("profile",), model=None)
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -401,6 +403,8 @@ def _batch(args: argparse.Namespace) -> int:
     from miniinfer.serve.batch_run import run
 
     setup_logging("warning")
+    if args.model is None:
+        args.model = "" if args.models else "bundled"
     return run(Path(options.input_file), Path(options.output_file), take(EngineConfig, args), take(ServerConfig, args))
 
 
