@@ -13,12 +13,14 @@ from typing import Any
 
 import msgspec
 
+from miniinfer import __version__
 from miniinfer.data import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.parsers import CallArguments, CallStart, Content, Delta, Formats, Reasoning
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest
 
 DONE = b"data: [DONE]\n\n"
+FINGERPRINT = f"miniinfer-{__version__}"  # with another one, the same seed may give another answer
 encode = msgspec.json.Encoder().encode
 
 Table = dict[int, Logprob]
@@ -90,7 +92,7 @@ class Answer:
         self.choices = [Choice() for _ in range(n * len(prompts))]
         self.completion_tokens = 0
         self._about = {"id": request_id, "object": self.kind, "created": int(time.time()), "model": model}
-        self._stem = b"data: " + encode(self._about | {"object": self.event_kind})[:-1]
+        self._stem = b"data: " + encode(self._about | {"object": self.event_kind, "system_fingerprint": FINGERPRINT})[:-1]
         self._heads = [self._stem + b',"choices":[{"index":%d,' % i for i in range(len(self.choices))]
         self._plain_end: bytes | None = b"}]}\n\n"
         if request.include_usage:
@@ -152,7 +154,7 @@ class Answer:
 
     def result(self) -> bytes:
         choices = [self._choice(i, choice) for i, choice in enumerate(self.choices)]
-        return encode(self._about | {"choices": choices, "usage": self.usage()} | self._about_prompt())
+        return encode(self._about | {"system_fingerprint": FINGERPRINT, "choices": choices, "usage": self.usage()} | self._about_prompt())
 
     def event(self, delta: CompletionOutput) -> bytes:
         """The stream's bytes for one delta; empty if it has nothing to tell yet."""

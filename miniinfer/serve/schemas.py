@@ -189,6 +189,7 @@ class ChatCompletion(Shape):
     object: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageShape
 
@@ -206,6 +207,7 @@ class Completion(Shape):
     object: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: UsageShape
 

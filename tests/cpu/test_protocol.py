@@ -17,6 +17,7 @@ import pytest
 from chat_tokenizer import save_tokenizer
 from serve_fake import FakeEngine, Server, read_events
 
+from miniinfer import __version__
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse
 
@@ -102,6 +103,7 @@ def test_chat_stream(server: Server) -> None:
     events = chat(server, stream=True, stream_options={"include_usage": True})
     *chunks, last = events
     assert {e["object"] for e in events} == {"chat.completion.chunk"} and len({e["id"] for e in events}) == 1
+    assert {e["system_fingerprint"] for e in events} == {chat(server)["system_fingerprint"]} == {f"miniinfer-{__version__}"}
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "hello there"
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
