@@ -63,7 +63,7 @@ def _refuse(field: str, why: str) -> NoReturn:
 
 # Fields that official clients send and that change nothing a text server of one user's own promises.
 IGNORED = frozenset("metadata prediction prompt_cache_key prompt_cache_options safety_identifier service_tier store user verbosity".split())
-IGNORED |= {"spaces_between_special_tokens"}  # vLLM's, and without effect there, too, on the tokenizers that we read
+IGNORED |= {"guided_decoding_backend", "spaces_between_special_tokens"}  # vLLM's, as its older clients send them, without effect there, too
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
 _NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens allowed_token_ids structured_outputs".split() + [

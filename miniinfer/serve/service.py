@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from miniinfer.config import ServerConfig
 from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineAsleepError, EngineDeadError
+from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.admission import BACKGROUND_PRIORITY, DRAINING, Gate, caller, deadline_seconds
 from miniinfer.serve.answers import Answer, Prompt
 from miniinfer.serve.metrics import Metrics, Timer
@@ -107,7 +109,7 @@ class Service:
         variables = template_kwargs or {}
         try:
             if chat_template is None:
-                text = tokenizer.render_chat(messages, tools, add_generation_prompt, continue_final_message, **variables)
+                text = _rendered(tokenizer, messages, tools, add_generation_prompt, continue_final_message, **variables)
             else:
                 arguments: dict[str, Any] = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
                 arguments |= {"continue_final_message": continue_final_message, "variables": variables}
@@ -237,6 +239,35 @@ class Service:
         if not self._late.isdisjoint(ids):
             return ApiError(408, "the request's own time limit (timeout or x-request-timeout) has passed", code="timeout")
         return ApiError(503, DRAINING if self.gate.draining else "the engine gave the request up")
+
+
+def _rendered(tokenizer: Tokenizer, messages: list[dict[str, Any]], *settings: Any, **variables: Any) -> str:
+    """A conversation as the chat template writes it. Agents send several system messages, some of them late, where many templates take one and that
+    first: what such a template refuses it gets once more with one."""
+    try:
+        return tokenizer.render_chat(messages, *settings, **variables)
+    except ValueError as refused:
+        gathered = _with_one_system(messages)
+        if gathered == messages:
+            raise
+        try:
+            return tokenizer.render_chat(gathered, *settings, **variables)
+        except ValueError:
+            raise refused from None
+
+
+def _with_one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with those system messages joined that come first; what a later one says goes to the user's message before it."""
+    first = list(takewhile(lambda message: message["role"] == "system", messages))
+    made = [{"role": "system", "content": "\n\n".join(str(message["content"]) for message in first)}] if first else []
+    for message in messages[len(first) :]:
+        if message["role"] != "system":
+            made.append(message)
+        elif made and made[-1]["role"] == "user":
+            made[-1] = {**made[-1], "content": f"{made[-1]['content']}\n\n{message['content']}"}
+        else:
+            made.append({**message, "role": "user"})
+    return made
 
 
 class EventStream(StreamingResponse):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -131,6 +132,28 @@ def test_too_long_a_prompt_is_called_that(server: Server) -> None:
     """LiteLLM, agents and editors know by these words that they have to shorten the conversation."""
     error = chat(server, 400, messages=[{"role": "user", "content": "x" * 3000}])["error"]
     assert error["code"] == "context_length_exceeded" and error["message"].startswith("this model's maximum context length is 2048 tokens")
+
+
+def test_several_system_messages_where_the_template_takes_one(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claude Code sends one late, Codex sends two; some models' templates (Qwen 3.5's) refuse that."""
+    file, folder = tmp_path / "strict.jinja", save_tokenizer(tmp_path / "tokenizer")
+    strict = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be at the beginning.') }}"
+    strict += "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    file.write_text(strict)
+    monkeypatch.setattr(server.engine, "tokenizer", Tokenizer.from_folder(folder, file))
+    talk = [("system", "a"), ("developer", "b"), ("user", "c"), ("system", "d"), ("assistant", "e"), ("system", "f"), ("user", "g")]
+    chat(server, messages=[{"role": role, "content": text} for role, text in talk])
+    assert prompt_of(server) == "<system>a\n\nb<user>c\n\nd<assistant>e<user>f<user>g"
+    file.write_text(strict.replace("'system' and not loop.first", "'system'"))
+    monkeypatch.setattr(server.engine, "tokenizer", Tokenizer.from_folder(folder, file))
+    error = chat(server, 400, messages=[{"role": "system", "content": "a"}, *HELLO])["error"]
+    assert "System message must be at the beginning" in error["message"]
+
+
+def test_guidances_request(server: Server) -> None:
+    """Its vLLM model names a backend for the grammar, and there is one."""
+    chat(server, guided_decoding_backend="guidance", guided_grammar='start: "a"')
+    assert server.engine.seen[-1][1].structured_outputs.kind == "grammar"
 
 
 def test_lm_evals_remote_tokenizer(server: Server) -> None:
