@@ -28,6 +28,7 @@ log = get_logger(__name__)
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_ID = 512  # characters of a custom_id
 MAX_ERRORS = 100  # shown of a file
+MAX_BLANK = 1000  # lines
 AGAIN, LATEST = 1.0, 60.0  # seconds until a line is tried again that the server had no place for, where it does not say when; they double
 NO_PLACE = (429, 503)  # statuses that are not the line's fault
 
@@ -79,6 +80,7 @@ class Checked:
 
 def read_lines(path: Path, longest: int, endpoint: str | None = None) -> Iterator[Line | LineError]:
     """The requests of a JSONL file, blank lines left out. A line longer than `longest` bytes ends it; `endpoint`: the only one allowed."""
+    blank = 0
     with open(path, "rb") as file:
         for number in itertools.count(1):
             text = file.readline(longest + 1)
@@ -90,6 +92,11 @@ def read_lines(path: Path, longest: int, endpoint: str | None = None) -> Iterato
             text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
             if text.strip():
                 yield _parse(text, number, endpoint)
+                continue
+            blank += 1
+            if blank > MAX_BLANK:  # looking through them is work, too
+                yield LineError("too_many_blank_lines", f"more than {MAX_BLANK} lines are blank", None, number)
+                return
 
 
 def _parse(text: bytes, number: int, endpoint: str | None) -> Line | LineError:

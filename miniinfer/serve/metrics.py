@@ -168,9 +168,12 @@ def render(models: Sequence[Metrics], plain: bool = False) -> bytes:
 class Timer:
     """Follows the choices of one answer. `update` is called for every update of every stream, so it does little."""
 
-    def __init__(self, metrics: Metrics, answer_id: str, prompts: Sequence[int], choices: int, params: SamplingParams) -> None:
-        """`prompts`: the prompts' lengths; choice i belongs to prompt i * len(prompts) // choices."""
-        self._metrics, self._start = metrics, time.monotonic()
+    def __init__(
+        self, metrics: Metrics, answer_id: str, prompts: Sequence[int], choices: int, params: SamplingParams, background: bool = False
+    ) -> None:
+        """`prompts`: the prompts' lengths; choice i belongs to prompt i * len(prompts) // choices. `background`: nobody waits for it, so its times
+        are none of those that clients see."""
+        self._metrics, self._start, self._timed = metrics, time.monotonic(), not background
         self._first = [0.0] * choices
         self._last = [0.0] * choices
         self._tokens = [0] * choices
@@ -190,7 +193,8 @@ class Timer:
     def admitted(self, prompt: int, queued: float) -> None:
         """Before a prompt's first token: how long it has waited."""
         self._queued[prompt] = queued
-        self._metrics.histograms["queue"].observe(queued)
+        if self._timed:
+            self._metrics.histograms["queue"].observe(queued)
 
     def update(self, index: int, delta: CompletionOutput) -> None:
         metrics, now, tokens = self._metrics, time.monotonic(), len(delta.token_ids)
@@ -198,11 +202,12 @@ class Timer:
             metrics.generation_tokens += tokens
             self._tokens[index] += tokens
             last, self._last[index] = self._last[index], now
-            if last:
+            if last and self._timed:
                 metrics.between_tokens.observe((now - last) / tokens)  # the mean, if an update brings several
-            else:
+            elif not last:
                 self._first[index] = now
-                metrics.first_token.observe(now - self._start)
+                if self._timed:
+                    metrics.first_token.observe(now - self._start)
         if delta.finish_reason is not None:
             self._end(index, delta.finish_reason, now)
 
@@ -210,8 +215,10 @@ class Timer:
         self._reasons[index] = reason
         metrics, histograms = self._metrics, self._metrics.histograms
         metrics.finished[reason] += 1
-        histograms["end_to_end"].observe(now - self._start)
         histograms["output_length"].observe(self._tokens[index])
+        if not self._timed:
+            return
+        histograms["end_to_end"].observe(now - self._start)
         first, last, tokens = self._first[index], self._last[index], self._tokens[index]
         if tokens > 1:
             histograms["per_token"].observe((last - first) / (tokens - 1))

@@ -181,8 +181,9 @@ class Service:
             priority = client.priority + max(0, priority)
         if background:
             priority = min(2**31 - 1, priority + BACKGROUND_PRIORITY)
-        ticket = self.gate.admission.enter([len(p.token_ids) for p in answer.prompts], output, client, background)
-        timer, end = Timer(self.metrics, answer.id, [len(p.token_ids) for p in answer.prompts], len(answer.choices), params), "error"
+        lengths = [len(prompt.token_ids) for prompt in answer.prompts]
+        ticket = self.gate.admission.enter(lengths, output, client, background)
+        timer, end = Timer(self.metrics, answer.id, lengths, len(answer.choices), params, background), "error"
         ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
         numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)

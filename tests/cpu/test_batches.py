@@ -278,6 +278,7 @@ GOOD = line("a")
     [
         (b"", "empty_file", None, None),
         (b"\n \n", "empty_file", None, None),
+        (jsonl([GOOD]) + b"\n" * 5000, "too_many_blank_lines", None, 1002),
         (b"\xff\xfe", "invalid_json_line", None, 1),
         (b"[]", "invalid_request", None, 1),
         (b"[" * 100_000, "invalid_request", None, 1),
@@ -391,6 +392,9 @@ def test_the_background_stays_in_the_background(tokenizer: Tokenizer) -> None:
         assert ended(client, batch.id).request_counts.completed == 40
         priorities = Counter(priority for _, _, priority, _ in engine.seen)
         assert priorities == {BACKGROUND_PRIORITY: 40, 0: 1} and engine.most == 9
+        metrics = httpx.get(server.url + "/metrics").text
+        assert 'request_success_total{finished_reason="stop",model_name="tiny"} 41.0' in metrics
+        assert 'time_to_first_token_seconds_count{model_name="tiny"} 1.0' in metrics  # of the one that somebody has waited for
 
 
 def run_all(count: int, run: Callable[[Line], Any], monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[Result]:
