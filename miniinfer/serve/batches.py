@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -263,7 +264,7 @@ class Batches:
     async def _fail(self, record: Record, results: Results | None, error: Exception) -> None:
         """Ends a batch that cannot go on."""
         log.error("%s failed", record.id, exc_info=error)
-        why = f"results cannot be stored: {error.strerror}" if isinstance(error, OSError) else "internal error; the server's log says more"
+        why = f"its files cannot be read or written: {error.strerror}" if isinstance(error, OSError) else "internal error; the server's log says more"
         record.errors = [LineError("server_error", why)]
         try:
             await self._finish(record, results, "failed")
@@ -334,9 +335,9 @@ class Batches:
     def _expire(self, record: Record, results: Results) -> None:
         """A line in the error file for every line that was not run."""
         why = {"code": "batch_expired", "message": "the request was not run before the end of the completion window"}
-        for line in self._lines(record):
-            if isinstance(line, Line) and line.custom_id not in results.done:
-                results.add([Result(line, error=why)])
+        left = (line for line in self._lines(record) if isinstance(line, Line) and line.custom_id not in results.done)
+        while some := list(islice(left, 1000)):
+            results.add([Result(line, error=why) for line in some])
 
     async def _keep(self, record: Record, id: str, name: str) -> str | None:
         """Makes results a file of the client's; None if there are none."""

@@ -61,7 +61,7 @@ class Store:
     def root(self) -> Path:
         """The folder, ours alone for as long as the process lives. ConfigError if it cannot be had."""
         if self._folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="miniinfer-files-")
+            self._temporary = tempfile.TemporaryDirectory(prefix="miniinfer-files-", ignore_cleanup_errors=True)
             root = Path(self._temporary.name)
         else:
             root = Path(self._folder).expanduser().absolute()
