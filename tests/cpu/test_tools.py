@@ -152,6 +152,7 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
     ("harmony", "<|channel|>commentary<|message|>First the weather.<|end|><|start|>assistant" + HARMONY.format("get_weather", J(TWO_DAYS))
      + "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>", "First the weather.", AB),
     ("harmony", HARMONY.format("write", J(NESTED)), "", N),
+    ("harmony", HARMONY.format("write", '{"text": "<|call|><|start|>a"}') + "<|return|>", "", [("write", {"text": "<|call|><|start|>a"})]),
     ("harmony", f" to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{J(PARIS)}<|call|>", "", A),
     ("json", f'{{"name": "get_weather", "arguments": {J(PARIS)}}}', "", A),
     ("json", f'```json\n[{{"name": "get_weather", "arguments": {J(TWO_DAYS)}}}, {{"name": "now", "arguments": {{}}}}]\n```', "", AB),
@@ -170,6 +171,10 @@ GOOD: list[tuple[str, str, str, list[Any]]] = [  # format, text, content, calls
 def test_an_answer_is_split_whole_and_in_pieces(name: str, text: str, content: str, calls: list[Any]) -> None:
     _, got, found = check(text, tools=name)
     assert (got, [(n, json.loads(a)) for n, a in found]) == (content, calls)
+    p, deltas = parser(name), []
+    for at in range(0, len(text), 3):
+        deltas += p.push(text[at : at + 3])
+        check_arguments(total(deltas))
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), [g for g in GOOD if g[3]], ids=lambda v: v[:40] if isinstance(v, str) else "")

@@ -104,6 +104,9 @@ def test_forced_tool_calls_are_valid(client: openai.OpenAI) -> None:
         assert {c.function.name for c in calls("required", seed=seed, parallel_tool_calls=False)} <= {"weather", "now"}
         (call,) = calls({"type": "function", "function": {"name": "weather"}}, seed=seed)
         assert call.function.name == "weather"
+    asked: Any = {**ASK, "seed": 3, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    parts = [part for chunk in client.chat.completions.create(**asked, stream=True) for part in chunk.choices[0].delta.tool_calls or ()]
+    assert "".join(part.function.arguments or "" for part in parts) == call.function.arguments and len(parts) > 3  # in pieces, and the same
 
 
 def test_a_bad_grammar_is_a_400_and_the_server_goes_on(client: openai.OpenAI) -> None:

@@ -34,6 +34,7 @@ class HarmonyParser:
         self._prompted = 0  # characters before what is held that are the prompt's
         self._kind: type[Content] | type[Reasoning] | None = Content  # of the text that is being read; None: that of a call
         self._arguments: JsonArguments | None = None  # of a call that has been reported
+        self._after_call = False  # where white space means nothing
         self._head, self._to = "", ""  # of the message that is being read
         self._said: set[type] = set()  # kinds that have text; a further message of one begins on a line of its own
         self._gap = ""
@@ -58,59 +59,60 @@ class HarmonyParser:
             self._first = False
             if text.startswith("to="):  # the head goes on that the prompt has begun
                 self._held, self._prompted = _PROMPTED + self._held, len(_PROMPTED)
-        while True:
-            found = _TAG.search(self._held)
-            if found is None:
-                keep = 0 if whole else held_back(self._held, (*_BEGINS, *_ENDS))
-                self._body(len(self._held) - keep, "", whole, deltas)
-                return deltas
-            tag = found[0]
-            if not self._body(found.start(), tag, whole, deltas):
-                return deltas
-            if tag in _ENDS:
-                self._held, self._kind, self._head = self._held[len(tag) :], Content, ""
-            elif not self._begin(tag, whole, deltas):
-                return deltas
+        while self._step(whole, deltas):
+            pass
+        return deltas
 
-    def _body(self, length: int, tag: str, whole: bool, deltas: list[Delta]) -> bool:
-        """The message's text up to a tag, or as much of it as there is. False: it waits for more."""
+    def _step(self, whole: bool, deltas: list[Delta]) -> bool:
+        """Reads up to where something else begins. False: that is not there yet."""
+        if self._arguments is not None:
+            return self._write(self._arguments, whole, deltas)
+        found = _TAG.search(self._held)
+        tag = found[0] if found else ""
+        length = found.start() if found else len(self._held) - (0 if whole else held_back(self._held, (*_BEGINS, *_ENDS)))
+        if self._kind is None:
+            return self._call(length, tag, whole, deltas)
         text, self._held = self._held[:length], self._held[length:]
-        if self._kind is None:
-            assert self._calls is not None
-            text = self._call(self._calls, text, tag, bool(tag) or whole, deltas)
-        if self._kind is None:
-            self._held = text + self._held
-            return False
         self._say(self._kind, text, deltas)
+        if tag in _ENDS:
+            self._held, self._kind, self._head, self._after_call = self._held[len(tag) :], Content, "", False
+        return tag in _ENDS or (tag != "" and self._begin(tag, whole, deltas))
+
+    def _call(self, length: int, tag: str, whole: bool, deltas: list[Delta]) -> bool:
+        """The beginning of a call's message, or all of it, if that is what it takes to know. False: it may still be either."""
+        assert self._calls is not None
+        last = bool(tag) or whole
+        text = self._held[:length]
+        cursor = Cursor(text, 0, last)
+        begins = self._begins(cursor)
+        if begins:
+            deltas += self._calls.begin(self._to)
+            self._arguments, self._held = JsonArguments(), self._held[cursor.at :]
+            return True
+        if begins is None and not last:
+            return False
+        arguments = json_object(text.strip() or ("{}" if tag else "")) if last else None  # without the message's end, they may be missing
+        self._kind = Content
+        if arguments is None:
+            self._say(Content, self._head, deltas)
+        else:
+            deltas += [*self._calls.begin(self._to), *self._calls.write(arguments)]
+            self._calls.end()
+            self._held = self._held[length:]
         return True
 
-    def _call(self, calls: Calls, text: str, tag: str, last: bool, deltas: list[Delta]) -> str:
-        """Reads a call's message. What is left of its text has to wait, or is content if `_kind` says so."""
-        cursor = Cursor(text, 0, last)
-        if self._arguments is None:
-            begins = self._begins(cursor)
-            if begins is None and not last:
-                return text
-            if not begins:
-                arguments = json_object(text.strip() or ("{}" if tag else "")) if last else None  # without the message's end, they may be missing
-                self._kind = Content
-                if arguments is None:
-                    return self._head + text
-                deltas += [*calls.begin(self._to), *calls.write(arguments)]
-                calls.end()
-                return ""
-            self._arguments = JsonArguments()
-            deltas += calls.begin(self._to)
-        if not self._arguments.ended:
-            deltas += calls.write(self._arguments.read(cursor))
-            if self._arguments.ended:
-                calls.end()
-        text = text[cursor.at :]
-        if self._arguments.ended:
-            text = text.lstrip()
-        if last or self._arguments.broken or (self._arguments.ended and text):
-            self._arguments, self._kind = None, Content
-        return text
+    def _write(self, arguments: JsonArguments, whole: bool, deltas: list[Delta]) -> bool:
+        """More of a call's arguments, in whose strings tags are text. False: they go on."""
+        assert self._calls is not None
+        cursor = Cursor(self._held, 0, whole)
+        deltas += self._calls.write(arguments.read(cursor))
+        self._held = self._held[cursor.at :]
+        if not (arguments.ended or arguments.broken or whole):
+            return False
+        if arguments.ended:
+            self._calls.end()
+        self._arguments, self._kind, self._after_call = None, Content, arguments.ended
+        return True
 
     def _begins(self, cursor: Cursor) -> bool | None:
         """Do arguments certainly begin here, of a function that was offered? None: not yet."""
@@ -137,6 +139,7 @@ class HarmonyParser:
         self._head, self._held = head[0][prompted:], self._held[head.end() :]
         to = (head["to"] or head["to_role"] or "").strip().removeprefix("to=")
         self._to = to.removeprefix("functions.")
+        self._after_call = False
         self._kind = None if to else Reasoning if head["channel"] == "analysis" else Content
         self._gap = "\n"
         if (self._kind is Reasoning and not self._split_reasoning) or (self._kind is None and self._calls is None):
@@ -145,8 +148,11 @@ class HarmonyParser:
         return True
 
     def _say(self, kind: type[Content] | type[Reasoning], text: str, deltas: list[Delta]) -> None:
+        if self._after_call:
+            text = text.lstrip()
         if not text:
             return
+        self._after_call = False
         if self._gap and kind in self._said:
             text = self._gap + text
         self._gap = ""
