@@ -61,16 +61,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Continues each prompt: a text, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": [...]}; one of them or a list.
 
-        `sampling_params`: one for all, or one each. Returns one RequestOutput per prompt, in order. ValueError names a bad prompt or field; then
-        nothing has been started."""
+        `sampling_params`, `priority`: one for all, or one each. Returns one RequestOutput per prompt, in order. ValueError names a bad prompt or
+        field; then nothing has been started."""
         wanted: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         params = self._params_for(len(wanted), sampling_params)
-        if priority is not None and len(priority) != len(wanted):
-            raise ValueError(f"priority: {len(priority)} values for {len(wanted)} prompts")
+        priorities = [priority or 0] * len(wanted) if priority is None or isinstance(priority, int) else list(priority)
+        if len(priorities) != len(wanted):
+            raise ValueError(f"priority: {len(priorities)} values for {len(wanted)} prompts")
         requests = []
         for i, (prompt, each) in enumerate(zip(wanted, params, strict=True)):
             text, ids = self._tokens(prompt)
@@ -78,7 +79,7 @@ class LLM:
                 validate(ids, each, self.info, self.tokenizer)
             except ValueError as e:
                 raise ValueError(f"prompts[{i}]: {e}") from None
-            requests.append((text, ids, each, 0 if priority is None else priority[i]))
+            requests.append((text, ids, each, priorities[i]))
         return self._run(requests, use_tqdm)
 
     def chat(
@@ -88,19 +89,22 @@ class LLM:
         use_tqdm: bool = True,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Answers a conversation ([{"role": ..., "content": ...}, ...]) or a list of conversations, rendered by the checkpoint's chat template."""
+        """Answers a conversation ([{"role": ..., "content": ...}, ...]) or a list of conversations, rendered by the checkpoint's chat template.
+        With `continue_final_message` the answer goes on where the last message ends."""
         if self.tokenizer is None:
             raise ValueError("chat: needs a tokenizer, but the engine was made with skip_tokenizer_init=True")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = self.tokenizer.render_chat(
-                list(conversation), tools=tools, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
+                list(conversation), tools, add_generation_prompt, continue_final_message, **(chat_template_kwargs or {})
             )
             prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, priority)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
         """The `beam_width` best continuations of each prompt, best first, as the outputs of a RequestOutput."""
@@ -172,6 +176,8 @@ class LLM:
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
+            if other := [key for key, value in prompt.items() if key not in ("prompt", "prompt_token_ids") and value is not None]:
+                raise ValueError(f"prompts: a dict may have 'prompt' and 'prompt_token_ids', not {other[0]!r}")
             if prompt.get("prompt_token_ids") is not None:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
             if "prompt" not in prompt:
