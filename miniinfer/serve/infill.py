@@ -23,6 +23,11 @@ FORMATS = (
 )
 
 
+def can_infill(tokenizer: Tokenizer | None) -> bool:
+    """Has the tokenizer tokens for it."""
+    return tokenizer is not None and any(all(tokenizer.token_id(token) is not None for token in format) for format in FORMATS)
+
+
 def infill_ids(tokenizer: Tokenizer | None, prefix: list[int], suffix: list[int]) -> list[int]:
     """The token ids of a prompt, and of what comes after the gap, put together. ValueError if the tokenizer has no such format."""
     for format in FORMATS if tokenizer is not None else ():

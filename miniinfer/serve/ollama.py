@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter
 from pydantic import Field, model_validator
@@ -22,12 +22,15 @@ from miniinfer.serve.embeddings import EmbeddingAnswer, EmbeddingRequest
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import ForeignAnswer, Part, chat_request, prepare, thinking_variables
 from miniinfer.serve.ollama_models import Name, add_routes, now, read, shapes
+from miniinfer.serve.openai import infilled
 from miniinfer.serve.parsers import whole_arguments
 from miniinfer.serve.protocol import ApiError, ChatRequest, Strict, TokenIds, Tools, between, checked
 from miniinfer.serve.schemas import Shape
 from miniinfer.serve.service import Service
 
 _LINES = "application/x-ndjson"
+
+E = TypeVar("E", bound=EmbeddingAnswer)
 
 
 class OllamaError(ApiError):
@@ -183,7 +186,7 @@ class GenerateRequest(Asked):
     system: str = ""
     raw: bool = False
     context: TokenIds | None = None
-    suffix: str | None = Field(None, max_length=0)
+    suffix: str = ""  # the text after the one that is wanted, where the tokenizer has tokens for that
     template: str | None = Field(None, max_length=0)
     images: list[str] | None = Field(None, max_length=0)
 
@@ -196,6 +199,16 @@ class EmbedRequest(Strict):
     truncate: bool = True  # what does not fit into the context is left out; false: it is an error
     dimensions: int | None = Field(None, ge=1, lt=2**31)
     options: Options | None = None  # nothing in them concerns embeddings
+    keep_alive: float | str | None = None
+
+
+class OldEmbedRequest(Strict):
+    """/api/embeddings, as older clients know it: one text, and its vector as it is."""
+
+    model: Name
+    prompt: str
+    truncate: bool = True
+    options: Options | None = None
     keep_alive: float | str | None = None
 
 
@@ -316,6 +329,13 @@ class GenerateAnswer(OllamaAnswer):
         return {"response": said.get("text", "")} | ({"thinking": said["thinking"]} if "thinking" in said else {})
 
 
+class OldEmbedAnswer(EmbeddingAnswer):
+    """/api/embeddings."""
+
+    def result(self) -> bytes:
+        return encode({"embedding": self._vectors[0]})
+
+
 class EmbedAnswer(EmbeddingAnswer):
     """/api/embed."""
 
@@ -353,6 +373,10 @@ class GenerateShape(Figures):
     response: str
 
 
+class OldEmbedded(Shape):
+    embedding: list[float]
+
+
 class Embedded(Shape):
     model: str
     embeddings: list[list[float]]
@@ -385,25 +409,38 @@ def router(fleet: Fleet) -> APIRouter:
     async def embed(http: Request) -> Response:
         arrived, (service, request) = time.monotonic_ns(), await read(fleet, http, EmbedRequest)
         texts = [request.input] if isinstance(request.input, str) else request.input
-        prompts = [Prompt(await service.encode(text, True, "input")) for text in texts]
-        if request.truncate:
-            for prompt in prompts:
-                del prompt.token_ids[service.engine.info["max_model_len"] - 1 :]
-        asked = checked(EmbeddingRequest, {"input": texts, "dimensions": request.dimensions})
-        answer = EmbedAnswer(f"embed-{uuid.uuid4().hex}", service.model, asked, prompts, 1, service.engine.tokenizer)
+        answer = await _embedding(service, EmbedAnswer, texts, request.truncate, dimensions=request.dimensions)
         answer.arrived = arrived
+        return await service.respond(http, answer, SamplingParams(max_tokens=1))
+
+    @routes.post("/embeddings", **shapes(OldEmbedRequest, OldEmbedded))
+    async def embeddings(http: Request) -> Response:
+        service, request = await read(fleet, http, OldEmbedRequest)
+        if not request.prompt:
+            return JSONResponse({"embedding": []})
+        answer = await _embedding(service, OldEmbedAnswer, [request.prompt], request.truncate, normalize=False)
         return await service.respond(http, answer, SamplingParams(max_tokens=1))
 
     add_routes(routes, fleet)
     return routes
 
 
+async def _embedding(service: Service, kind: type[E], texts: list[str], truncate: bool, **settings: Any) -> E:
+    prompts = [Prompt(await service.encode(text, True, "input")) for text in texts]
+    if truncate:
+        for prompt in prompts:
+            del prompt.token_ids[service.engine.info["max_model_len"] - 1 :]
+    asked = checked(EmbeddingRequest, {"input": texts, **settings})
+    return kind(f"embed-{uuid.uuid4().hex}", service.model, asked, prompts, 1, service.engine.tokenizer)
+
+
 async def _generation(service: Service, request: GenerateRequest) -> tuple[GenerateAnswer, SamplingParams]:
-    """A prompt in the chat template, or as it is if it is raw."""
+    """A prompt in the chat template, or as it is if it is raw, or with a gap after it if there is a suffix."""
     messages = [{"role": "system", "content": request.system}] if request.system else []
     chat = request.chat(service, [*messages, {"role": "user", "content": request.prompt}])
-    if request.raw:
-        params, prompt = chat.params(service.defaults), Prompt(await service.encode(request.prompt, True, "prompt"), request.prompt)
+    if request.raw or request.suffix:
+        ids = service.encode(request.prompt, True, "prompt") if not request.suffix else infilled(service, request.prompt, request.suffix, True)
+        params, prompt = chat.params(service.defaults), Prompt(await ids, request.prompt)
         answer = GenerateAnswer(f"generate-{uuid.uuid4().hex}", service.model, chat, [prompt], 1, service.engine.tokenizer)
     else:
         answer, params = await prepare(service, chat, GenerateAnswer, "generate-", _NAMES)

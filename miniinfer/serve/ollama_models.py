@@ -14,13 +14,14 @@ from pydantic import AfterValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from miniinfer import __version__
 from miniinfer.serve.fleet import Fleet, Member
 from miniinfer.serve.foreign import thinking_variables
+from miniinfer.serve.infill import can_infill
 from miniinfer.serve.protocol import ApiError, Strict
 from miniinfer.serve.schemas import Shape, Version, described
 from miniinfer.serve.service import Service
 
+OLLAMA = "0.12.6"  # the version of Ollama whose API this is
 _NEVER = "2318-01-01T00:00:00Z"  # when a model that stays is unloaded
 
 
@@ -91,6 +92,7 @@ def _shown(member: Member, service: Service) -> dict[str, Any]:
     template = tokenizer.chat_templates.get("default") if tokenizer else None
     family = info.get("family", "")
     able = {"tools": template is not None and "tools" in template.text, "thinking": bool(thinking_variables(service, True))}
+    able["insert"] = can_infill(tokenizer)
     return {
         "modelfile": f"FROM {service.model}\n",
         "parameters": "\n".join(f"{name} {value}" for name, value in service.defaults.items()),
@@ -162,4 +164,5 @@ def add_routes(routes: APIRouter, fleet: Fleet) -> None:
 
     @routes.get("/version", **shapes(None, Version))
     async def version() -> Response:
-        return JSONResponse({"version": __version__})
+        """Of Ollama, whose API this is: editors ask whether it is recent enough."""
+        return JSONResponse({"version": OLLAMA})

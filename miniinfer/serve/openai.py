@@ -51,7 +51,7 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
     return answer, params
 
 
-async def _infill(service: Service, prompt: str, suffix: str, add_special_tokens: bool) -> list[int]:
+async def infilled(service: Service, prompt: str, suffix: str, add_special_tokens: bool) -> list[int]:
     """The tokens of a prompt with a gap behind it, after those that begin any text."""
     begin = await service.encode("", add_special_tokens, "prompt")
     parts = [await service.encode(prompt, False, "prompt"), await service.encode(suffix, False, "suffix")]
@@ -80,7 +80,7 @@ def router(fleet: Fleet) -> APIRouter:
         prompts = []
         for given in request.prompt:
             if isinstance(given, str) and request.suffix:
-                prompts.append(Prompt(await _infill(service, given, request.suffix, request.add_special_tokens is not False), given))
+                prompts.append(Prompt(await infilled(service, given, request.suffix, request.add_special_tokens is not False), given))
             elif isinstance(given, str):
                 prompts.append(Prompt(await service.encode(given, request.add_special_tokens is not False, "prompt"), given))
             else:

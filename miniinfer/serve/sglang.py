@@ -10,7 +10,7 @@ import asyncio
 import time
 import uuid
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import ConfigDict, Field, model_validator
@@ -84,6 +84,8 @@ class SglangRequest(Strict):
     logprob_start_len: int = Field(-1, ge=-1, lt=2**31)  # the first prompt token whose log-probability is wanted; -1: none
     top_logprobs_num: int = Field(0, ge=0, le=MAX_LOGPROBS)
     return_text_in_logprobs: bool = False
+    return_hidden_states: Literal[False] = False
+    return_routed_experts: Literal[False] = False  # SGLang's benchmark says so
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -243,11 +245,13 @@ def router(fleet: Fleet) -> APIRouter:
         answer.asked = asked
         return await service.respond(http, answer, params[0])
 
+    @routes.get("/model_info", **described(answer=ModelInfo))
     @routes.get("/get_model_info", **described(answer=ModelInfo))
     async def model_info(model: str | None = None) -> Response:
         service = await fleet.service(model)
         return JSONResponse({**_about(service), "is_generation": True, "preferred_sampling_params": None})
 
+    @routes.get("/server_info", **described(answer=ServerInfo))
     @routes.get("/get_server_info", **described(answer=ServerInfo))
     async def server_info(model: str | None = None) -> Response:
         service = await fleet.service(model)

@@ -168,6 +168,37 @@ def test_lm_evals_remote_tokenizer(server: Server) -> None:
         assert values[0] is None and values[1:-1] == [-token / 1000 for token in prompt[1:]]
 
 
+def test_ollamas_older_embeddings_and_its_version(server: Server) -> None:
+    body = {"model": "tiny:latest", "prompt": "hello", "options": {"num_ctx": 2048}, "keep_alive": "5m"}
+    (token, *_, last) = server.engine.tokenizer.encode("hello there")
+    assert post(server, "/api/embeddings", {**body, "prompt": "hello there"}).json() == {"embedding": [float(last), 2.0, -1.0]} and token
+    assert post(server, "/api/embeddings", {**body, "prompt": ""}).json() == {"embedding": []}
+    major, minor, _ = httpx.get(server.url + "/api/version").json()["version"].split(".")
+    assert (int(major), int(minor)) >= (0, 6)  # VS Code's Copilot asks for 0.6.4
+
+
+def test_ollamas_suffix(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editors complete code with it; the tokenizer must have tokens for the gap."""
+    body = {"model": "tiny", "prompt": "def f(", "suffix": "return x", "stream": False}
+    assert post(server, "/api/generate", body).json()["error"].startswith("suffix: the model's tokenizer has no tokens")
+    assert "insert" not in post(server, "/api/show", {"model": "tiny"}).json()["capabilities"]
+    tokens = {"<|fim_prefix|>": 3, "<|fim_suffix|>": 4, "<|fim_middle|>": 5}
+    tokenizer = server.engine.tokenizer
+    monkeypatch.setattr(tokenizer, "token_id", lambda token, real=tokenizer.token_id: tokens.get(token) or real(token))
+    assert post(server, "/api/generate", body).status_code == 200
+    ids = server.engine.seen[-1][0]
+    assert [ids.index(t) for t in (3, 4, 5)] == [0, 1 + len(tokenizer.encode("def f(", False)), len(ids) - 1]
+    assert "insert" in post(server, "/api/show", {"model": "tiny"}).json()["capabilities"]
+
+
+def test_sglangs_benchmark(server: Server) -> None:
+    body = {"text": "hello", "sampling_params": {"temperature": 0.0, "max_new_tokens": 5, "ignore_eos": True}, "stream": True, "lora_path": None}
+    body |= {"return_logprob": False, "logprob_start_len": -1, "image_data": None, "return_routed_experts": False}
+    assert post(server, "/generate", body).status_code == 200
+    for path in ("/server_info", "/model_info"):
+        assert httpx.get(server.url + path).json().keys() == httpx.get(server.url + "/get_" + path[1:]).json().keys()
+
+
 # ------------------------------------------------------------------------------------------------------- Anthropic's
 
 
