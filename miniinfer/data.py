@@ -5,6 +5,7 @@ Owns types only: no torch, no input or output, no policy. Wire messages are msgs
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ MAX_KEEP_SECONDS = 86400
 MAX_KEEP_PREFIXES = 8
 POOLINGS = ("last", "mean")  # what an embedding may be made of: the last token's final hidden state, or the mean of all
 MAX_GRAMMAR_BYTES = 256 << 10  # of a schema, a grammar, a regular expression or all choices together
+COMPACT = {"whitespace_flexible": False}  # under "x-guidance" in a JSON schema
 STRUCTURED = "json json_object regex choice grammar structural_tag".split()
 
 
@@ -37,6 +39,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     choice: list[str] | None = None  # the output is one of these
     grammar: str | None = None  # Lark as llguidance understands it, or GBNF (`root ::= ...`)
     structural_tag: str | dict[str, Any] | None = None  # free text in which what stands between tags is constrained
+    disable_any_whitespace: bool = False  # JSON without spaces and line ends between its parts
     field: str = "structured_outputs"  # where the caller wrote it: what errors name
 
     def __post_init__(self) -> None:
@@ -44,6 +47,12 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if len(given) != 1:
             said = f"got {', '.join(given)}" if given else "got none"
             raise ValueError(f"{self.field}: exactly one of {', '.join(STRUCTURED)} must be set, {said}")
+        if self.disable_any_whitespace and given[0] in ("json", "json_object"):
+            schema = self.json if given == ["json"] else {"type": "object"}
+            with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON the checks below say so
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+            if isinstance(schema, dict):
+                given, self.json, self.json_object = ["json"], {**schema, "x-guidance": COMPACT}, False
         if given[0] == "choice":
             if not isinstance(self.choice, list) or not self.choice or not all(isinstance(c, str) and c for c in self.choice):
                 raise ValueError(f"{self.field}: choice must be a list of non-empty strings")

@@ -21,7 +21,7 @@ import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
 from miniinfer.config import ConfigError
-from miniinfer.data import StructuredOutputsParams
+from miniinfer.data import COMPACT, StructuredOutputsParams
 from miniinfer.engine.text import Tokenizer
 
 # Free white space would let a model that is lost write blanks to the limit: a blank, or a line and its indentation.
@@ -98,7 +98,7 @@ class Backend:
         match kind:
             case "json":
                 schema = _sound(json.loads(wanted.text))
-                overrides = WHITE_SPACE if isinstance(schema, dict) else None
+                overrides = WHITE_SPACE if isinstance(schema, dict) and schema.get("x-guidance") != COMPACT else None
                 return make.grammar_from_json_schema(json.dumps(schema), overrides=overrides)  # type: ignore[arg-type]
             case "json_object":
                 return make.grammar_from_json_schema('{"type": "object"}', overrides=WHITE_SPACE)  # type: ignore[arg-type]
@@ -234,7 +234,8 @@ class _Tags:
 
 def _schema(schema: dict[str, Any] | bool) -> str:
     if isinstance(schema, dict):
-        schema = {**_sound(schema), "x-guidance": WHITE_SPACE}
+        compact = schema.get("x-guidance") == COMPACT
+        schema = {**_sound(schema), "x-guidance": COMPACT if compact else WHITE_SPACE}
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
 

@@ -54,6 +54,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "choice": _CHOICE,
             "grammar": _TEXT,
             "structural_tag": {"anyOf": [_OBJECT, _TEXT]},
+            "disable_any_whitespace": {"type": "boolean"},
         },
         "additionalProperties": False,
     },
@@ -74,7 +75,7 @@ def structured(fields: dict[str, Any]) -> StructuredOutputsParams | None:
         if field == "response_format":
             made = _response_format(value)
         elif field == "structured_outputs":
-            made = params(field, **_known(field, value, STRUCTURED))
+            made = params(field, **_known(field, value, [*STRUCTURED, "disable_any_whitespace"]))
         elif field == "allowed_token_ids":
             made = params(field, grammar=_only(field, value))
         else:

@@ -342,6 +342,8 @@ def test_a_bad_chat_field_is_named(server: Server, fields: dict[str, Any], param
         ({"json_schema": {"a": 1}}, ("json", '{"a": 1}')),
         ({"allowed_token_ids": [9, 5, 9]}, ("grammar", "start: <[5,9]>+")),
         ({"structured_outputs": {"json": True, "regex": None}}, ("json", "true")),
+        ({"structured_outputs": {"json": {"a": 1}, "disable_any_whitespace": True}},
+         ("json", '{"a": 1, "x-guidance": {"whitespace_flexible": false}}')),
     ],
 )  # fmt: skip
 def test_structure_in_every_spelling(server: Server, fields: dict[str, Any], wanted: tuple[str, str] | None) -> None:
