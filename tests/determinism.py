@@ -26,16 +26,18 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def requests() -> list[Wanted]:
-    """Prompts of 1, 2, 3 and more tokens, some the beginnings of others; greedy and sampled, one with prompt log-probabilities."""
+def requests(page_size: int) -> list[Wanted]:
+    """Prompts of 1, 2, 3 and more tokens, some the beginnings of others; greedy and sampled, one with prompt log-probabilities. Outputs of short
+    ones go on into a second page, so that where pages are few they preempt each other."""
     rng = random.Random(3)
     shared = [rng.randrange(1, VOCAB) for _ in range(80)]
     sizes = [1, 2, 3, 16, 17, 33, 50, 64, 80, 1, 34]
     wanted = []
     for i, size in enumerate(sizes):
         own = [rng.randrange(1, VOCAB) for _ in range(i % 4)] if i > 5 else []
+        longer = max(0, page_size - 16) if size <= 34 else 0
         params = SamplingParams(
-            temperature=0.8 * (i % 2), top_k=20 * (i % 3 == 0), seed=i, max_tokens=24 + i, ignore_eos=True,
+            temperature=0.8 * (i % 2), top_k=20 * (i % 3 == 0), seed=i, max_tokens=24 + i + longer, ignore_eos=True,
             logprobs=2, prompt_logprobs=1 if i == 6 else None,
         )  # fmt: skip
         wanted.append(Wanted(shared[:size] + own, params))
@@ -54,7 +56,7 @@ def make(folder: Path, shape: dict[str, Any], **options: Any) -> EngineCore:
 
 def check(folder: Path, shape: dict[str, Any], **options: Any) -> None:
     """Runs every request alone, then all of them in each situation, and compares bit by bit."""
-    wanted = requests()
+    wanted = requests(options["page_size"])
     core = make(folder, shape, **{**options, **ALONE})
     alone = [run(core, [w])[0] for w in wanted]
     assert len({tuple(g.tokens) for g in alone}) > 6, "the model says the same to everything: a difference would not show"
