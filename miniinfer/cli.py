@@ -543,3 +543,7 @@ def _overview(argv: list[str]) -> int:
         print(f"  {name:15} {COMMANDS[name].help}")
     print("\nminiinfer COMMAND --help shows a command's options.")
     return 0
+
+
+if __name__ == "__main__":  # as `python -m miniinfer`, not nothing
+    sys.exit(main())

@@ -292,3 +292,8 @@ def test_chat_and_generate_in_process(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert chat.startswith(sample["text"] + "\n")
     code, _, err = run(capsys, "generate", "word " * 5000, *common)
     assert code == 2 and "tokens" in err.splitlines()[-1]
+
+
+def test_the_module_itself_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "miniinfer.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "serve" in done.stdout
