@@ -31,9 +31,9 @@ def no_prompt_graphs() -> None:
 
 def no_pdl() -> None:
     """Every kernel waits for the one before it."""
-    from miniinfer.kernels.triton import pdl
+    from miniinfer.kernels.triton import pdl, sampling
 
-    pdl.launch_options = lambda tokens: {"PDL": False}
+    pdl.launch_options = sampling.launch_options = lambda tokens: {"PDL": False}
 
 
 def no_linear() -> None:

@@ -104,7 +104,7 @@ def describe(plan: StepPlan) -> str:
 
 
 def _is_mark(name: str) -> bool:
-    return name in ("schedule", "wait", "apply") or name.startswith("launch step ")
+    return name in ("schedule", "wait", "masks", "apply") or name.startswith("launch step ")
 
 
 def _top(name: str, took: float, count: int, steps: int) -> dict[str, Any]:

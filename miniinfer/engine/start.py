@@ -127,8 +127,8 @@ def shapes(runner: Runner) -> list[Shape]:
 
 
 def _sizes(limit: int) -> list[int]:
-    """Close together where kernels differ by size, up to 64, and far apart beyond."""
-    return [n for n in (1, 2, 4, 8, 16, 32, 64, 512) if n < limit] + [limit]
+    """Close together where kernels differ by size, up to 128, and far apart beyond."""
+    return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 512) if n < limit] + [limit]
 
 
 @torch.inference_mode()
@@ -144,12 +144,11 @@ def rehearse(runner: Runner) -> None:
             for shape in shapes(runner):
                 hidden = runner.graphs.step(shape)
             logits = runner.model.logits(hidden)
-            words = torch.zeros(1, -(-logits.shape[1] // 32), dtype=torch.int32, device=logits.device)
-            runner.ops.apply_bitmask(logits, words, rows.sample_rows[:1])
+            words, which = (torch.zeros(1, n, dtype=torch.int32, device=logits.device) for n in (-(-logits.shape[1] // 32), 1))
+            runner.ops.apply_bitmask(logits, words, which[0])
             for flags in (PENALIZED, PENALIZED | FILTERED):
                 sampler.sample(logits, rows, rows.sample_rows[:1], rows.sample_positions[:1], flags, longest, runner.ops)
-            for count in 1, 2:  # Triton tells apart how lists of one and of more lie in memory
-                runner.copy_pages([(kind, 0, 0) for kind in range(len(runner.kinds))] * count)
+            runner.copy_pages([(kind, 0, 0) for kind in range(len(runner.kinds))])
     finally:
         runner.model = model
 

@@ -117,3 +117,13 @@ def test_models_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert bytes_of_pages(0.9, 50 * gib, 10 * gib) == pytest.approx(38, rel=1e-3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * gib, 100 * gib))
     assert start._in_use(gpu) == 39 * gib and start._in_use(CPU) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs"), [(6144, 4096), (4096, 12_288), (24_576, 4096), (6144, 1024), (1024, 2048), (2048, 4096), (151_936, 2048)]
+)
+def test_a_rehearsal_meets_the_tiles_of_every_batch(rows: int, inputs: int) -> None:
+    """Else the first step of a batch size would wait seconds for its kernels."""
+    linear = pytest.importorskip("miniinfer.kernels.triton.linear_hopper", reason="needs Triton with Gluon")
+    met = {linear.tile_for(n, rows, inputs, 132) for n in start._sizes(256) if 1 < n <= linear.MAX_TOKENS}
+    assert {linear.tile_for(n, rows, inputs, 132) for n in range(2, linear.MAX_TOKENS + 1)} == met

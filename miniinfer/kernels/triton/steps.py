@@ -26,6 +26,7 @@ def _stage_kernel(host, turns, fixed, memory, host_stride, FIXED: tl.constexpr, 
         mask = at + offs < count
         where = tl.load(source + at + offs, mask=mask, cache_modifier=".cv")
         tl.store(memory + where, tl.load(source + count + at + offs, mask=mask, cache_modifier=".cv"), mask=mask)
+    tl.debug_barrier()  # all of the program's threads know whose turn it is
     tl.store(turns + worker, turn + 1)
 
 
