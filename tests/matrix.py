@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from harness import HYBRID, MOE, SHAPE, SLIDING, VOCAB, Got, Wanted, make_core, naive, run
 
-from miniinfer.data import SamplingParams, StructuredOutputsParams
+from miniinfer.data import Add, SamplingParams, StructuredOutputsParams
 from miniinfer.engine.core import EngineCore
 
 
@@ -28,6 +28,8 @@ class Feature:
     params: dict[str, Any] = field(default_factory=dict)
     stagger: int = 0
     cached: bool = False  # run an earlier request that shares its prefix first
+    pinned: bool = False  # pin that prefix
+    slept: bool = False  # sleep and wake up before the requests come
     preempted: bool = False  # and prove that a preemption happened
     priorities: bool = False
     gpu: bool = False  # on GPUs only
@@ -38,6 +40,8 @@ FEATURES = [
     Feature("chunked prefill", options={"max_num_batched_tokens": 16}),
     Feature("cached prefix", cached=True),
     Feature("no prefix cache", options={"enable_prefix_caching": False}),
+    Feature("pinned prefix", pinned=True),
+    Feature("after sleep", options={"enable_sleep_mode": True}, slept=True),
     Feature("preemption", options={"max_num_seqs": 8}, preempted=True),
     Feature("overlapped loop", options={"overlap": 1}),
     Feature("staggered arrivals", stagger=2),
@@ -66,7 +70,7 @@ def pairs(gpu: bool) -> list[tuple[Feature, Feature]]:
 
 
 def _exclusive(a: Feature, b: Feature) -> bool:
-    return {a.name, b.name} == {"cached prefix", "no prefix cache"}
+    return {a.name, b.name} in ({"cached prefix", "no prefix cache"}, {"pinned prefix", "no prefix cache"})
 
 
 def check_pair(a: Feature, b: Feature, folder: Path, **base: Any) -> None:
@@ -93,15 +97,28 @@ def check_pair(a: Feature, b: Feature, folder: Path, **base: Any) -> None:
         length = rng.randrange(60, 90) if preempted else rng.randrange(8, 20)
         each = SamplingParams(**{**params, "max_tokens": length, "seed": 1000 * i, "ignore_eos": preempted})
         wanted.append(Wanted(prompt, each, priority=i % 3 if any(f.priorities for f in features) else 0))
+    earlier = [Wanted(shared, SamplingParams(temperature=0.0, max_tokens=4))]
+    if any(f.slept for f in features):
+        run(core, earlier, prefix="before")
+        core.sleep(1)
+        core.wake_up()
     if any(f.cached for f in features):
-        run(core, [Wanted(shared, SamplingParams(temperature=0.0, max_tokens=4))], prefix="warm")
+        run(core, earlier, prefix="warm")
+    pinned = any(f.pinned for f in features)
+    if pinned:
+        assert not core.add(Add("pin", shared[:32], SamplingParams(temperature=0.0, max_tokens=1), pin=True))
+        while core.has_work:
+            core.step()
     got = run(core, wanted, stagger=max(f.stagger for f in features))
     expected = [expect(core, shape, w, k) for w in wanted for k in range(w.params.n)]
     each_sample = (w for w in wanted for _ in range(w.params.n))
     for g, e, asked in zip(got, expected, each_sample, strict=True):
         _compare(g, e, asked)
-    if any(f.cached for f in features) and params.get("prompt_logprobs") is None:
+    if any(f.cached or f.pinned for f in features) and params.get("prompt_logprobs") is None:
         assert max(g.cached for g in got) >= 32, "nothing came from the cache"
+    if pinned and not preempted:
+        pin = core.cache.describe_pins()["pin"]
+        assert pin["pages"] == pin["resident"]
     grows = shape is not SLIDING  # a window's pages do not grow with the output, so what was admitted fits to its end
     if preempted and grows and not any(f.params.get("stop_token_ids") for f in features):
         assert core.stats()["preemptions"] > 0, "the scenario did not preempt"
