@@ -18,6 +18,7 @@ from miniinfer.data import RequestOutput, SamplingParams
 from miniinfer.engine.output import unit
 from miniinfer.serve.answers import Answer, Prompt, encode
 from miniinfer.serve.fleet import Fleet
+from miniinfer.serve.foreign import renamed
 from miniinfer.serve.protocol import PROMPT_SCHEMA, ApiError, Truncation, list_of_prompts
 from miniinfer.serve.schemas import Shape, described
 
@@ -114,6 +115,9 @@ def router(fleet: Fleet) -> APIRouter:
             ids = await service.encode(given, request.add_special_tokens, "input") if isinstance(given, str) else given
             prompts.append(Prompt(service.truncated(ids, request, params)))
         answer = EmbeddingAnswer(f"embd-{uuid.uuid4().hex}", service.model, request, prompts, 1, service.engine.tokenizer)
-        return await service.respond(http, answer, params)
+        try:
+            return await service.respond(http, answer, params)
+        except ApiError as e:
+            raise renamed(e, {"prompt": "input"}) from None
 
     return routes

@@ -111,10 +111,12 @@ def test_token_ids_pooling_dimensions_and_encoding(server: Server) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"input": [-1]}, "input"),
+        ({"input": [[5], [320]]}, "input"),
         ({}, "input"),
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": [320]}, "prompt"),
+        ({"input": [320]}, "input"),
         ({"input": "x", "dimensions": 0}, "dimensions"),
         ({"input": "x", "dimensions": 4}, "dimensions"),
         ({"input": "x", "pooling": "cls"}, "pooling"),
