@@ -1,0 +1,144 @@
+"""What structured output costs: how long grammars compile, how long a step's masks take, and whether what grammars accept is valid.
+
+python tools/grammar.py [--schemas 2000]      over hand-written and generated JSON schemas (tests/schemas.py), with the bundled vocabulary and
+                                              one of 150,000 made-up words
+python tools/grammar.py --model FOLDER        throughput with a JSON schema beside free generation, 64 requests at once, dummy weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from schemas import WRITTEN, generated  # noqa: E402
+
+from miniinfer.data import SamplingParams, StructuredOutputsParams  # noqa: E402
+from miniinfer.engine.guidance import Backend  # noqa: E402
+from miniinfer.models.hub import BUNDLED  # noqa: E402
+
+LONGEST = 400  # tokens of a random walk through a schema; beyond CLOSING it takes the way out where there is one
+CLOSING = 40
+
+
+def many_words(folder: Path, size: int) -> Path:
+    """A tokenizer with so many words as code and prose have: with and without blanks, quotes and digits around them."""
+    rng = random.Random(0)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, **{character: i + 1 for i, character in enumerate(alphabet)}}
+    while len(vocabulary) < size:
+        word = "".join(rng.choice("etaoinshrdlucmfwypvbgk") for _ in range(rng.randrange(2, 9)))
+        word = rng.choice(["", "\u0120", "\u0120", '"']) + word + rng.choice(["", "", "", '"', '":', "\u0120", "12"])
+        vocabulary.setdefault(word, len(vocabulary))
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<eos>"])
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def walk(backend: Backend, schema: dict[str, Any] | bool, seed: int, size: int, eos: int, masks: list[float]) -> tuple[list[int], float, bool]:
+    """A random output that the schema's grammar accepts, token by token, the time its grammar took to compile, and whether it came to an end."""
+    rng, begin = random.Random(seed), time.perf_counter()
+    matcher = backend.compile(StructuredOutputsParams(json=schema))
+    compiled, output = time.perf_counter() - begin, list[int]()
+    words = np.zeros((1, -(-size // 32)), dtype=np.int32)
+    for length in range(LONGEST):
+        begin = time.perf_counter()
+        backend.fill([(matcher, 0)], words)
+        masks.append(time.perf_counter() - begin)
+        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:size])
+        may_end = eos in allowed
+        allowed = allowed[allowed != eos]
+        if may_end and (length > CLOSING or not len(allowed) or rng.random() < 0.3):
+            return output, compiled, True
+        if length > CLOSING:
+            closing = [token for token in allowed if _text(backend, token)[:1] in (b'"', b"}", b"]")]
+            allowed = closing or allowed
+        output.append(int(rng.choice(allowed)))
+        assert matcher.accept(output[-1])
+        if matcher.finished:
+            return output, compiled, True
+    return output, compiled, False
+
+
+def _text(backend: Backend, token: int) -> bytes:
+    return bytes(backend._tokenizer.token_bytes(token))
+
+
+def costs(count: int) -> None:
+    """Prints percentiles, and how many outputs jsonschema finds valid."""
+    import jsonschema
+
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, folder, size, eos in (("bundled", BUNDLED, 6144, 2), ("150k", many_words(Path(temporary), 150_000), 150_016, 0)):
+            backend, masks, compiles, valid, cut = Backend(folder, size, [eos]), list[float](), list[float](), 0, 0
+            schemas = [*WRITTEN, *map(generated, range(count))]
+            for seed, schema in enumerate(schemas):
+                output, seconds, ended = walk(backend, schema, seed, size, eos, masks)
+                compiles.append(seconds)
+                cut += not ended
+                if ended:
+                    value = json.loads(b"".join(_text(backend, token) for token in output))
+                    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(value)
+                    valid += 1
+            print(f"{name}: {len(schemas)} schemas, {valid} outputs, all valid, {cut} not ended within {LONGEST} tokens; {len(masks)} masks")
+            for what, values in (("mask", masks), ("compile", compiles)):
+                p50, p99 = np.percentile(values, (50, 99))
+                print(f"  {what}: p50 {1e6 * p50:,.0f} us, p99 {1e6 * p99:,.0f} us, most {1e6 * max(values):,.0f} us", flush=True)
+
+
+def throughput(model: str, rounds: int) -> None:
+    """Prints tokens per second with and without a schema, in turn, medians."""
+    from miniinfer import LLM
+
+    llm = LLM(model, tokenizer="bundled", load_format="dummy", max_num_seqs=64, max_model_len=1024, enable_prefix_caching=False)
+    rng = random.Random(0)
+    prompts: list[Any] = [{"prompt_token_ids": [rng.randrange(10, 5000) for _ in range(128)]} for _ in range(64)]
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "age": {"type": "integer"},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    endless = StructuredOutputsParams(json=json.dumps({"type": "array", "items": person, "minItems": 1000}))
+
+    def rate(structure: StructuredOutputsParams | None) -> float:
+        params = SamplingParams(temperature=0.8, max_tokens=256, ignore_eos=True, detokenize=False, seed=1, structured_outputs=structure)
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - begin)
+
+    rate(None), rate(endless)
+    rates = [(rate(None), rate(endless)) for _ in range(rounds)]
+    free, bound = (statistics.median(part) for part in zip(*rates, strict=True))
+    print(f"{model}: {free:,.0f} tok/s free, {bound:,.0f} tok/s with a schema: {bound / free:.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemas", type=int, default=2000, help="generated schemas (2000)")
+    parser.add_argument("--model", help="measure throughput of this model's shape instead")
+    parser.add_argument("--rounds", type=int, default=3, help="of throughput (3)")
+    asked = parser.parse_args()
+    if asked.model:
+        throughput(asked.model, asked.rounds)
+    else:
+        costs(asked.schemas)
