@@ -8,8 +8,6 @@ of sums is left to chance.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from miniinfer.kernels.triton.experts_hopper import expert_hopper_kernel
+    from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 
     MATRIX = NVMMASharedLayout(128, 16, 2)
 except ImportError:  # Gluon is experimental and may move
@@ -254,19 +253,12 @@ def hopper_tiles(pairs: int, experts: int, tiles: int, gated: bool, programs: in
     return {"GROUPS": 1, "BLOCK_N": 256, "STAGES": 5, "REGISTERS": 80, "maxnreg": 160}
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a Hopper GPU; 0 for any other."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major == 9 and torch.version.cuda else 0
-
-
 def _takes_hopper(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
     """Whether expert_hopper_kernel takes these. Its copies are of 16 bytes, and Triton must know a row's address to be a multiple of them."""
     if expert_hopper_kernel is None or not x.is_cuda or x.element_size() != 2 or len(w2) > 512:
         return False
     aligned = w13.shape[2] % 8 == 0 and w2.shape[2] % 8 == 0 and x.stride(0) % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, w13, w2))
-    return aligned and _multiprocessors(x.device) > 0
+    return aligned and multiprocessors(x.device) > 0
 
 
 def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool, few: int = FEW) -> Tensor:
@@ -319,7 +311,7 @@ def _product_hopper(
     x: Tensor, weight: Tensor, out: Tensor, order: Tensor, offsets: Tensor, ticket: Tensor, top_k: int, gated: bool, options: dict[str, bool]
 ) -> None:
     (experts, rows, size_k), (pairs, size_n) = weight.shape, out.shape
-    programs = _multiprocessors(x.device)
+    programs = multiprocessors(x.device)
     tiles = hopper_tiles(pairs, experts, triton.cdiv(rows, 256), gated, programs)
     weights = TensorDescriptor(weight, [experts * rows, size_k], [size_k, 1], [tiles["BLOCK_N"] // 2, 64], MATRIX)
     inputs = None if gated else TensorDescriptor(x, [pairs, size_k], [size_k, 1], [64, 64], MATRIX)

@@ -82,7 +82,6 @@ def copy_tiles(
             other = row + SIZE_N
             at0, live0 = load_rows(x, order, begin, count, x_stride, TOP_K, rows_layout)
             at1, live1 = load_rows(x, order, begin + 64, count - 64, x_stride, TOP_K, rows_layout)
-            at2, live2 = load_rows(x, order, begin + 128, count - 128, x_stride, TOP_K, rows_layout)
         else:
             row = expert * SIZE_N + column * WIDTH
             other = row + HALF
@@ -98,14 +97,10 @@ def copy_tiles(
                     async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS), at0 + k, mask=live0 & within)
                     if GROUPS > 1:
                         async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS + 1), at1 + k, mask=live1 & within)
-                    if GROUPS > 2:
-                        async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS + 2), at2 + k, mask=live2 & within)
                 else:
                     async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS), at0 + k, mask=live0)
                     if GROUPS > 1:
                         async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS + 1), at1 + k, mask=live1)
-                    if GROUPS > 2:
-                        async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS + 2), at2 + k, mask=live2)
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             else:
                 for group in gl.static_range(GROUPS):

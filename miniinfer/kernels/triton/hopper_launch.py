@@ -6,7 +6,7 @@ Owns what a launch costs the host: tensor maps and compiled kernels are looked u
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from miniinfer.kernels.triton.decode_hopper import decode_hopper_kernel
+from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 from miniinfer.kernels.triton.prefill_hopper import prefill_hopper_kernel
 
 LOG2E = 1.4426950408889634
@@ -27,13 +28,6 @@ CHUNKS = 33  # at most these,
 CHUNKS_TIMES_HEADS = 264  # and these over all kv heads: enough to fill a GPU with one sequence
 PROGRAMS = 2  # of the decode kernel on a multiprocessor
 RING_BYTES = 49_152  # of a program's pages on their way: more were no faster, and slower on mixed lengths
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a Hopper GPU; 0 for any other."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major == 9 and torch.version.cuda else 0
 
 
 def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
