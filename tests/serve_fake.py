@@ -91,7 +91,7 @@ class FakeEngine:
         pooling: str | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         assert delta
-        validate(prompt, params, self.info, self.tokenizer)
+        validate(prompt, params, self.info, self.tokenizer, pooling is not None)
         if self.is_sleeping:
             raise EngineAsleepError("the engine is asleep: it takes no requests until it is woken up")
         self.seen.append((prompt, params, priority, cache_salt))

@@ -348,7 +348,7 @@ class AsyncEngine:
         With `pooling` ("last" or "mean") there is one output, without tokens, and `embedding` in it: the prompt's pooled hidden states.
         If a process dies and another takes its place, the stream pauses."""
         text, ids = await self._prompt(prompt)
-        validate(ids, params, self.info, self.tokenizer)
+        validate(ids, params, self.info, self.tokenizer, pooling is not None)
         self._check_alive()
         if self.sleep_level or self._retiring:
             raise EngineAsleepError("the engine is asleep: it takes no requests until it is woken up")

@@ -136,7 +136,7 @@ class LLM:
         for i, prompt in enumerate([prompts] if _is_one(prompts) else list(prompts)):  # type: ignore[list-item]
             text, ids = self._tokens(prompt)  # type: ignore[arg-type]
             try:
-                validate(ids, params, self.info, self.tokenizer)
+                validate(ids, params, self.info, self.tokenizer, pooled=True)
             except ValueError as e:
                 raise ValueError(f"prompts[{i}]: {e}") from None
             requests.append((text, ids, params, 0))

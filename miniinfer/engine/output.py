@@ -19,8 +19,11 @@ from miniinfer.engine.text import Detokenizer, Tokenizer
 __all__ = ["OutputProcessor", "StopStrings", "merge", "snapshot", "validate"]
 
 
-def validate(prompt_token_ids: Sequence[int], params: SamplingParams, info: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
-    """Can this request run? `info` is the engine's (`vocab_size`, `max_model_len`). Raises ValueError naming the field that is wrong."""
+def validate(
+    prompt_token_ids: Sequence[int], params: SamplingParams, info: Mapping[str, Any], tokenizer: Tokenizer | None, pooled: bool = False
+) -> None:
+    """Can this request run? `info` is the engine's (`vocab_size`, `max_model_len`); one that is `pooled` wants no room for output. Raises ValueError
+    naming the field that is wrong."""
     vocabulary, limit = info["vocab_size"], info["max_model_len"]
     if not prompt_token_ids:
         raise ValueError("prompt: must not be empty")
@@ -30,8 +33,9 @@ def validate(prompt_token_ids: Sequence[int], params: SamplingParams, info: Mapp
     if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocabulary:
         bad = next(t for t in prompt_token_ids if not 0 <= t < vocabulary)
         raise ValueError(f"prompt: token id {bad} is outside the vocabulary of {vocabulary}")
-    if len(prompt_token_ids) >= limit:
-        raise ValueError(f"prompt: {len(prompt_token_ids)} tokens leave no room for output; the context holds {limit} tokens")
+    if len(prompt_token_ids) >= limit + pooled:
+        what = "are too many" if pooled else "leave no room for output"
+        raise ValueError(f"prompt: {len(prompt_token_ids)} tokens {what}; the context holds {limit} tokens")
     try:  # msgspec checks types when it decodes, not when a caller constructs
         msgspec.convert(msgspec.to_builtins(params, str_keys=True), SamplingParams, strict=True, str_keys=True)
     except msgspec.ValidationError as e:

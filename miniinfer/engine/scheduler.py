@@ -142,7 +142,7 @@ class Scheduler:
             return "prompt: must have at least one token"
         if min(message.prompt) < 0 or max(message.prompt) >= 2**31:
             return "prompt: token ids must be from 0 to 2^31 - 1"
-        if size > self._max_model_len - 1:
+        if size >= self._max_model_len + (message.pooling is not None):
             return f"prompt: {size} tokens leave no room for output, max_model_len is {self._max_model_len}"
         if size + 1 > self.cache.max_tokens:
             return f"prompt: {size} tokens need more KV pages than there are (room for {self.cache.max_tokens} tokens); raise num_pages"

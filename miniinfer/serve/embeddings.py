@@ -113,7 +113,7 @@ def router(fleet: Fleet) -> APIRouter:
         params, prompts = SamplingParams(max_tokens=1), []
         for given in request.input:
             ids = await service.encode(given, request.add_special_tokens, "input") if isinstance(given, str) else given
-            prompts.append(Prompt(service.truncated(ids, request, params)))
+            prompts.append(Prompt(service.truncated(ids, request, 0)))
         answer = EmbeddingAnswer(f"embd-{uuid.uuid4().hex}", service.model, request, prompts, 1, service.engine.tokenizer)
         try:
             return await service.respond(http, answer, params)

@@ -123,7 +123,7 @@ class _Methods:
             prompt = await self._prompt(service, request)
             fields = {field.name: value for field, value in request.ListFields() if field.name in ("pooling", "normalize", "dimensions")}
             asked = checked(EmbeddingRequest, {**fields, "input": [prompt.token_ids]})
-            service.check_length(prompt, 1)
+            service.check_length(prompt, 0)
             answer = GrpcEmbedding(f"grpc-{uuid.uuid4().hex}", service.model, asked, [prompt], 1, service.engine.tokenizer)
             async with aclosing(service.items(answer, SamplingParams(max_tokens=1))) as items:
                 async for _ in items:

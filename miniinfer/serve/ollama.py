@@ -429,7 +429,7 @@ async def _embedding(service: Service, kind: type[E], texts: list[str], truncate
     prompts = [Prompt(await service.encode(text, True, "input")) for text in texts]
     if truncate:
         for prompt in prompts:
-            del prompt.token_ids[service.engine.info["max_model_len"] - 1 :]
+            del prompt.token_ids[service.engine.info["max_model_len"] :]
     asked = checked(EmbeddingRequest, {"input": texts, **settings})
     return kind(f"embed-{uuid.uuid4().hex}", service.model, asked, prompts, 1, service.engine.tokenizer)
 

@@ -46,7 +46,7 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
         raise ApiError.from_value_error(e) from None
     if wanted is not params.structured_outputs:
         params = msgspec.structs.replace(params, structured_outputs=wanted)
-    prompt.token_ids = service.truncated(prompt.token_ids, request, params)
+    prompt.token_ids = service.truncated(prompt.token_ids, request, params.max_tokens)
     answer = kind(prefix + uuid.uuid4().hex, service.model, request, [prompt], params.n, service.engine.tokenizer)
     return answer, params
 
@@ -86,7 +86,7 @@ def router(fleet: Fleet) -> APIRouter:
             else:
                 prompts.append(Prompt(given))
         for prompt in prompts:
-            kept = service.truncated(prompt.token_ids, request, params)
+            kept = service.truncated(prompt.token_ids, request, params.max_tokens)
             if len(kept) < len(prompt.token_ids):
                 prompt.token_ids, prompt.text = kept, None
         answer = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", service.model, request, prompts, params.n, service.engine.tokenizer)

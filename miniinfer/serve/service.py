@@ -118,13 +118,14 @@ class Service:
             raise ApiError.from_value_error(e, "messages") from None
         return Prompt(await self.encode(text, add_special_tokens, "messages"), text, formats=self.formats(chat_template))
 
-    def truncated(self, ids: list[int], request: Truncation, params: SamplingParams) -> list[int]:
+    def truncated(self, ids: list[int], request: Truncation, max_tokens: int | None) -> list[int]:
         """What of a prompt's tokens its request lets stand."""
-        return request.truncated(ids, max(1, self.engine.info["max_model_len"] - (params.max_tokens or 1)))
+        return request.truncated(ids, max(1, self.engine.info["max_model_len"] - (1 if max_tokens is None else max_tokens)))
 
     def check_length(self, prompt: Prompt, max_tokens: int | None) -> None:
+        """ApiError for a prompt that leaves no room for its output: None is as much as fits, but at least one token."""
         limit, length = self.engine.info["max_model_len"], len(prompt.token_ids)
-        if length + (max_tokens or 1) > limit:
+        if length + (1 if max_tokens is None else max_tokens) > limit:
             asked = f"{length} prompt tokens" + (f" and {max_tokens} for the answer" if max_tokens else "")
             message = f"this model's maximum context length is {limit} tokens, but the request has {asked}"  # clients look for its first words
             raise ApiError(400, message, param="max_tokens" if length < limit else None, code="context_length_exceeded")
@@ -133,7 +134,7 @@ class Service:
 
     async def respond(self, http: Request, answer: Answer, params: SamplingParams) -> Response:
         for prompt in answer.prompts:
-            self.check_length(prompt, (prompt.params or params).max_tokens)
+            self.check_length(prompt, 0 if answer.pooling else (prompt.params or params).max_tokens)
         if http.headers.get("x-explain-cache", "").lower() in ("1", "true"):
             for each in (params, *(prompt.params for prompt in answer.prompts if prompt.params is not None)):
                 each.explain_cache = True

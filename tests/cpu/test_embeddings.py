@@ -57,6 +57,20 @@ def test_preempted_means_are_right(folder: Path) -> None:
         torch.testing.assert_close(torch.tensor(output.outputs.embedding), expected(prompt, "mean"), atol=2e-4, rtol=2e-4)
 
 
+def test_a_prompt_may_fill_the_context(folder: Path) -> None:
+    """No room is wanted for output; also in chunks, whose last one ends there, and of several such prompts at once."""
+    llm = LLM(str(folder), max_num_batched_tokens=64, max_num_seqs=2, max_model_len=100, overlap=1, **OPTIONS)
+    full = [[(i * k) % 320 for i in range(100)] for k in (3, 7, 11)]
+    for pooling in ("mean", "last"):  # the latter finds all but a token in the cache
+        for output, prompt in zip(llm.embed(full, use_tqdm=False, pooling=pooling, normalize=False), full, strict=True):
+            torch.testing.assert_close(torch.tensor(output.outputs.embedding), expected(prompt, pooling), atol=2e-4, rtol=2e-4)
+    llm.core.control("check")
+    with pytest.raises(ValueError, match="101 tokens are too many; the context holds 100"):
+        llm.embed([[1] * 101])
+    with pytest.raises(ValueError, match="leave no room for output"):
+        llm.generate([full[0]], use_tqdm=False)
+
+
 def test_lengths_and_errors_of_the_offline_api(folder: Path) -> None:
     llm = LLM(str(folder), **OPTIONS)
     (output,) = llm.embed([1, 2, 3], use_tqdm=False)
@@ -106,6 +120,16 @@ def test_token_ids_pooling_dimensions_and_encoding(server: Server) -> None:
     (text,) = ask(input=[4, 8], encoding_format="base64", normalize=False)
     assert struct.unpack("<3f", base64.b64decode(text)) == (8.0, 2.0, -1.0)
     assert ask(input=[[i] for i in range(1, 60)], normalize=False) == [[float(i), 2.0, -1.0] for i in range(1, 60)], "in the order given"
+
+
+def test_a_prompt_as_long_as_the_context(server: Server) -> None:
+    def ask(**fields: Any) -> httpx.Response:
+        return httpx.post(server.url + "/v1/embeddings", json=fields)
+
+    assert ask(input=[5] * 512).json()["usage"]["prompt_tokens"] == 512
+    assert ask(input=[5] * 600, truncate_prompt_tokens=-1).json()["usage"]["prompt_tokens"] == 512
+    longer = ask(input=[5] * 513)
+    assert longer.status_code == 400 and longer.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_embed(server: Server, client: ollama.Client) -> None:
     assert 0 <= (answer.load_duration or 0) <= (answer.total_duration or 0)
     assert client.embed("tiny", "hello").embeddings == answer.embeddings[:1]
     assert len(client.embed("tiny", "hello", dimensions=2).embeddings[0]) == 2
-    assert client.embed("tiny", "hello " * 2000).prompt_eval_count == 511
+    assert client.embed("tiny", "hello " * 2000).prompt_eval_count == 512
     with pytest.raises(ollama.ResponseError, match="context"):
         client.embed("tiny", "hello " * 2000, truncate=False)
 
