@@ -96,9 +96,11 @@ class EngineLink:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def send(self, *messages: ToEngine) -> None:
-        """Messages that the engine gets together, with no step between them. What a process that has ended would get is dropped."""
+        """Messages that the engine gets together, with no step between them. What a process that has ended would get is dropped, also when its socket
+        is gone before its end is known: for one that nobody is connected to, a send that waits would wait for good."""
         if not self.ended.done():
-            self._outbox.send_multipart([self._encoder.encode(message) for message in messages])
+            with contextlib.suppress(zmq.Again):
+                self._outbox.send_multipart([self._encoder.encode(message) for message in messages], zmq.NOBLOCK)
             self._working.set()
 
     async def close(self, kill: bool = False) -> None:

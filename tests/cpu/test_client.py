@@ -499,3 +499,24 @@ def test_idle_costs_nothing() -> None:
         assert time.process_time() - before[1] <= 0.03
 
     with_engine(body)
+
+
+def test_a_process_whose_end_is_not_known_yet_holds_nobody_up() -> None:
+    """Its socket goes before the loop hears of its end: a request that comes in between must not wait there, with the loop, for good."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the loop was held up")
+
+    async def body(engine: AsyncEngine) -> None:
+        os.kill(engine.info["pid"], signal.SIGKILL)
+        time.sleep(0.5)  # the loop does not look, the socket's own thread does
+        *_, last = [output async for output in engine.generate([1, 2], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))]
+        assert last.outputs[0].token_ids == [1, 2, 1, 2] and engine.num_restarts == 1
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(40)
+    try:
+        with_engine(body)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
