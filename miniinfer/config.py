@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,7 @@ class ServerConfig:
 
     host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = opt(8000, "port to listen on")
+    root_path: str = opt("", "prefix of the paths, /some/where, under which a reverse proxy shows the server; it may strip it or not")
     grpc_port: int | None = opt(None, "port for the API over gRPC as well, 0 for any free one; needs miniinfer[grpc]")
     ssl_certfile: str | None = opt(None, "certificate (PEM, with its chain) to serve HTTPS, and gRPC over TLS")
     ssl_keyfile: str | None = opt(None, "the certificate's private key (PEM)")
@@ -459,6 +461,9 @@ class ServerConfig:
         if not all(key and key.isascii() and key.isprintable() for key in keys):
             raise ConfigError("api_key: a key must be printable ASCII and must not be empty")
         object.__setattr__(self, "api_key", list(dict.fromkeys(keys)) or None)
+        object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
+        if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
+            raise ConfigError(f"root_path: must be like /some/where, of letters, digits and ._~-, got {self.root_path!r}")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile: give both, or neither")
         if self.max_loaded_models < 0 or self.model_idle_seconds < 0:

@@ -22,7 +22,7 @@ from miniinfer.config import ServerConfig
 from miniinfer.serve.auth import Client, Keys, load_keys
 from miniinfer.serve.protocol import ApiError
 
-OPEN = ("/live", "/ready", "/health")  # for machines that hold no key
+OPEN = ("/live", "/ready", "/health", "/ping")  # for machines that hold no key
 PAGE = ("/", "/web/")  # the web page's own files, which hold no data: the page asks its user for a key
 UNSTATED_OUTPUT = 1024  # tokens of output that a request without max_tokens is taken to want
 LONGEST_RETRY = 600  # seconds, of Retry-After

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from miniinfer import __version__
@@ -46,7 +47,8 @@ def build_app(fleet: Fleet) -> FastAPI:
     """The application over a server's models."""
     store = Store(fleet.config)
     batched = batches.Batches(fleet, store)
-    app = FastAPI(openapi_url=None, lifespan=batched.running)
+    prefix = fleet.config.root_path
+    app = FastAPI(openapi_url=None, lifespan=batched.running, redirect_slashes=not prefix)  # a redirect would not have the prefix
 
     async def on_error(http: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
@@ -67,10 +69,12 @@ def build_app(fleet: Fleet) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=fleet.config.cors_origin, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
     app.add_middleware(Heads)
     app.add_middleware(Recorder, sinks=fleet.sinks)
+    if prefix:
+        app.add_middleware(Unprefixed, prefix=prefix, router=app.router)
 
     @cache
     def document() -> bytes:
-        return encode(openapi(app, fleet.default.engine.info.get("vocab_size"), fleet.config.guarded))
+        return encode(openapi(app, fleet.default.engine.info.get("vocab_size"), fleet.config.guarded, prefix))
 
     control = _control(fleet)
 
@@ -111,6 +115,20 @@ class Heads:
         await self._app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
 
 
+class Unprefixed:
+    """ASGI middleware: paths lose the prefix that a reverse proxy has left on them. One that strips it may leave a path of ours that begins alike."""
+
+    def __init__(self, app: ASGIApp, prefix: str, router: Router) -> None:
+        self._app, self._prefix, self._router = app, prefix, router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.startswith(self._prefix + "/") and all(route.matches(scope)[0] is Match.NONE for route in self._router.routes):
+            raw = scope.get("raw_path") or b""
+            scope = {**scope, "path": path.removeprefix(self._prefix), "raw_path": raw.removeprefix(self._prefix.encode())}
+        await self._app(scope, receive, send)
+
+
 _SHAPES = (("/v1/messages", anthropic.AnthropicError), ("/api/", ollama.OllamaError))  # paths whose errors are not in OpenAI's shape
 
 
@@ -146,6 +164,8 @@ def _state(fleet: Fleet) -> APIRouter:
 
     @routes.get("/ready", **described(answer=State, error=State))
     @routes.get("/health", **described(answer=State, error=State))
+    @routes.get("/ping", **described(answer=State, error=State))
+    @routes.post("/ping", **described(answer=State, error=State))  # as SageMaker and vLLM have it
     async def ready() -> Response:
         """Does the server take work."""
         return JSONResponse({"status": fleet.status}, 200 if fleet.status == "ok" else 503)

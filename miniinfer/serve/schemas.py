@@ -75,11 +75,13 @@ def _schema(kind: Any, mode: Any) -> dict[str, Any]:
     return TypeAdapter(kind).json_schema(ref_template=_REFERENCES, mode=mode)
 
 
-def openapi(app: FastAPI, vocab_size: int | None, key_needed: bool) -> dict[str, Any]:
-    """The document. `key_needed`: every route but those on the server's state asks for an API key."""
+def openapi(app: FastAPI, vocab_size: int | None, key_needed: bool, root_path: str = "") -> dict[str, Any]:
+    """The document. `key_needed`: every route but those on the server's state asks for an API key; `root_path`: what clients put before the paths."""
     document = get_openapi(
         title="MiniInfer", version=__version__, summary="An inference server for large language models", openapi_version="3.1.0", routes=app.routes
     )
+    if root_path:
+        document["servers"] = [{"url": root_path}]
     components: dict[str, Any] = {}
     own = _schema(Error, "serialization")
     for path in document["paths"].values():

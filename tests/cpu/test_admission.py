@@ -70,7 +70,7 @@ def test_with_a_key_every_route_but_health_asks_for_it() -> None:
         assert walked >= {COMPLETIONS, "/metrics", "/version", "/openapi.json", "/start_profile", "/", *OPEN}
         for path in ("/metrics", "/version", "/openapi.json", "/docs", "/redoc", "/v1/models", "/no/such/route", "/live/", "//live", "/webs"):
             assert ask(server, "GET", path)[0] == 401, path
-        assert [ask(server, "GET", path)[0] for path in OPEN] == [200] * 3
+        assert [ask(server, "GET", path)[0] for path in OPEN] == [200] * len(OPEN)
 
 
 def test_either_header_any_of_several_keys() -> None:
@@ -173,6 +173,35 @@ def test_no_key_reaches_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert caplog.text and not any(secret in caplog.text for secret in (KEY, "a-wrong-secret", "limited-key", "another-key"))
     keys = Keys([KeyEntry(KEY, "a")])
     assert KEY not in repr(vars(keys))
+
+
+# ------------------------------------------------------------------------------------------------------- behind a proxy
+
+
+@pytest.mark.parametrize("prefix", ["/some/where/", "/v1"])
+def test_a_prefix_that_a_proxy_strips_or_leaves(prefix: str) -> None:
+    """Keys are asked for all the same, and our own paths work even if they begin alike."""
+    with Server(FakeEngine(None), api_key=KEY, root_path=prefix) as server:
+        for before in ("", prefix.rstrip("/")):
+            assert ask(server, "GET", before + "/v1/models", x_api_key=KEY)[1]["data"][0]["id"] == "tiny"
+            assert ask(server, "POST", before + COMPLETIONS, ASK, x_api_key=KEY)[0] == 200
+            assert ask(server, "GET", before + "/v1/models")[0] == ask(server, "POST", before + COMPLETIONS, ASK)[0] == 401
+            assert ask(server, "GET", before + "/ping")[0] == ask(server, "POST", before + "/ping")[0] == 200
+            assert ask(server, "GET", before + "/no/such", x_api_key=KEY)[0] == 404
+            assert b"<html" in ask(server, "GET", before + "/")[1]
+        assert ask(server, "GET", "/v1/models/", x_api_key=KEY)[0] == 404, "a redirect would lead past the proxy"
+        assert ask(server, "GET", "/openapi.json", x_api_key=KEY)[1]["servers"] == [{"url": prefix.rstrip("/")}]
+
+
+def test_a_key_is_needed_whatever_the_prefix_looks_like() -> None:
+    with Server(FakeEngine(None), api_key=KEY, root_path="/web") as server:
+        assert ask(server, "GET", "/web/v1/models")[0] == 401 and ask(server, "GET", "/web/v1/models", x_api_key=KEY)[0] == 200
+
+
+@pytest.mark.parametrize("bad", ["where", "/a b", "/a//b", "//x"])
+def test_a_prefix_that_is_none(bad: str) -> None:
+    with pytest.raises(ConfigError, match="root_path"):
+        ServerConfig(root_path=bad)
 
 
 # --------------------------------------------------------------------------------------------------- cross-origin pages

@@ -571,7 +571,8 @@ def test_models_health_version_metrics(server: Server, client: openai.OpenAI) ->
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("a/b")
-    assert [get(server, path)[0] for path in ("/live", "/ready", "/health", "/version")] == [200] * 4
+    assert [get(server, path)[0] for path in ("/live", "/ready", "/health", "/ping", "/version")] == [200] * 5
+    assert post(server, "/ping", {})[0] == 200
     chat(server)
     server.engine.stats = {"running": 3.0}
     text = get(server, "/metrics")[1]
