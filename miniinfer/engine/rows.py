@@ -136,10 +136,10 @@ class Rows:
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         held = init.stop_ids if p.min_tokens and p.structured_outputs is None else []  # else masks hold them back (grammar.py)
         biased = bool(p.logit_bias or held)
-        self.flags[init.row] = FILTERED * filtered | PENALIZED * penalized | BIASED * biased
+        before, self.flags[init.row] = self.flags[init.row], FILTERED * filtered | PENALIZED * penalized | BIASED * biased
         self.prompt_logprobs[init.row] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
         self.prompt_lens[init.row] = init.prompt_len
-        if biased:
+        if biased or before & BIASED:  # the row's last request leaves nothing to this one: its batch may have others with a bias
             self._write_bias(init.row, p.logit_bias or {}, held)
         return record
 

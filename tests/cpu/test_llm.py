@@ -50,3 +50,12 @@ def test_what_a_prompt_cannot_bring_is_refused(llm: LLM) -> None:
         llm.generate({"prompt": "<image>", "multi_modal_data": {"image": object()}})  # type: ignore[typeddict-unknown-key]
     (output,) = llm.generate({"prompt": "a", "multi_modal_data": None}, SamplingParams(max_tokens=1))  # type: ignore[typeddict-unknown-key]
     assert len(output.outputs[0].token_ids) == 1
+
+
+def test_a_bias_ends_with_its_request(llm: LLM) -> None:
+    """Whoever gets its row next is not biased, even beside another that is."""
+    plain = SamplingParams(max_tokens=4, temperature=0)
+    (alone,) = llm.generate(["One day"], plain)
+    llm.generate(["a", "b"], SamplingParams(max_tokens=2, logit_bias={70: 100.0}))
+    beside, biased = llm.generate(["One day", "c"], [plain, SamplingParams(max_tokens=4, logit_bias={71: 100.0})])
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids and biased.outputs[0].token_ids == [71] * 4
