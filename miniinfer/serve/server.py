@@ -28,6 +28,7 @@ log = get_logger(__name__)
 
 DRAIN_SECONDS = 5.0  # how long a stopping server lets open requests go on
 MAX_HEAD = 64 << 10  # bytes of a request line and its headers
+MAX_LINES = 256  # of them; each costs the parser a call of Python
 HEAD_SECONDS = 20.0  # from a connection, or a request's first byte, to the end of its headers
 STALL_SECONDS = 60.0  # that a client may leave what it was sent unread before it is given up, and its request with it
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
@@ -76,6 +77,7 @@ class _Protocol(HttpToolsProtocol):
 
     most = 0  # connections; `uvicorn_config` makes a class with the number
     _head: int | None = None  # bytes of a request's head so far; None outside of one
+    _in_body = False  # what comes belongs to a request's body, be it answered already
     _timer: asyncio.TimerHandle | None = None  # until a head must be complete
     _stall: asyncio.TimerHandle | None = None  # until a client that does not read is given up
 
@@ -105,13 +107,20 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._head = None
+        self._head, self._in_body = None, True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
+        if not self._in_body and data.partition(b"\r\n\r\n")[0].count(b"\n") > MAX_LINES:
+            self._too_large()
+            return
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -121,8 +130,11 @@ class _Protocol(HttpToolsProtocol):
             return
         self._head += len(data)
         if self._head > MAX_HEAD:
-            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
+            self._too_large()
+
+    def _too_large(self) -> None:
+        self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()
 
     @property
     def _is_idle(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
@@ -93,6 +94,24 @@ def test_a_trickled_head_gets_no_more_time(monkeypatch: pytest.MonkeyPatch) -> N
                 sock.sendall(bytes([byte]))
                 time.sleep(0.02)
         assert time.monotonic() - begin < 5
+
+
+def test_many_headers_are_not_even_parsed() -> None:
+    """Each would cost a call, and everybody else its time."""
+    with Server(FakeEngine(None)) as server:
+        for lines, status in ((200, b"200"), (300, b"431")):
+            with contextlib.closing(connect(server)) as sock:
+                sock.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * lines + b"\r\n")
+                assert sock.recv(100)[9:12] == status
+        with contextlib.closing(connect(server)) as sock:  # lines of a body are not a head's, even if it is answered before it has come
+            body = b"[\n" + b"\n" * 5000 + b"]"
+            sock.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+            assert sock.recv(12) == b"HTTP/1.1 404"
+            sock.sendall(body + b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+            answers = b""
+            while b"HTTP/1.1 200" not in answers:
+                answers += (part := sock.recv(1000))
+                assert part and b"431" not in answers
 
 
 def test_a_flood_of_headers_is_refused() -> None:
