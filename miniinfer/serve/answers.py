@@ -78,6 +78,7 @@ class Answer:
     kind = event_kind = ""
     stream_type = "text/event-stream"
     pooling: str | None = None  # embeddings: how the engine pools hidden states
+    aborted = False  # by a client, which wants to see what there is
 
     def __init__(
         self,

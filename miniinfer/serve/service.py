@@ -69,6 +69,12 @@ class Service:
         for request_id in list(self._open):
             self.engine.abort(request_id)
 
+    def abort(self, answer: Answer) -> None:
+        """Ends what is unfinished of a request; its client gets what there is."""
+        answer.aborted = True
+        for request_id in _engine_ids(answer):
+            self.engine.abort(request_id)
+
     # ----------------------------------------------------------------------------------------------------- requests
 
     def check_alive(self) -> None:
@@ -185,7 +191,7 @@ class Service:
         lengths = [len(prompt.token_ids) for prompt in answer.prompts]
         ticket = self.gate.admission.enter(lengths, output, client, background)
         timer, end = Timer(self.metrics, answer.id, lengths, len(answer.choices), params, background), "error"
-        ids = [answer.id] if count == 1 else [f"{answer.id}-{i}" for i in range(count)]
+        ids = _engine_ids(answer)
         numbers = {request_id: i for i, request_id in enumerate(ids)}
         self._open.update(ids)
         sources = [
@@ -205,7 +211,7 @@ class Service:
                     if item.admission is not None:
                         timer.admitted(number, item.admission.queued)
                     for delta in item.outputs:
-                        if delta.finish_reason == "abort":
+                        if delta.finish_reason == "abort" and not answer.aborted:
                             raise self._aborted(ids)
                         delta.index += number * answer.n
                         timer.update(delta.index, delta)
@@ -241,6 +247,11 @@ class Service:
         if not self._late.isdisjoint(ids):
             return ApiError(408, "the request's own time limit (timeout or x-request-timeout) has passed", code="timeout")
         return ApiError(503, DRAINING if self.gate.draining else "the engine gave the request up")
+
+
+def _engine_ids(answer: Answer) -> list[str]:
+    """What the engine calls a request's prompts."""
+    return [answer.id] if len(answer.prompts) == 1 else [f"{answer.id}-{i}" for i in range(len(answer.prompts))]
 
 
 def _rendered(tokenizer: Tokenizer, messages: list[dict[str, Any]], *settings: Any, **variables: Any) -> str:

@@ -11,6 +11,7 @@ import time
 import uuid
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
+from weakref import WeakSet
 
 from fastapi import APIRouter
 from pydantic import ConfigDict, Field, model_validator
@@ -19,12 +20,14 @@ from starlette.responses import JSONResponse, Response
 
 from miniinfer import __version__
 from miniinfer.data import MAX_LOGPROBS, CompletionOutput, Logprob, SamplingParams
+from miniinfer.serve.admission import caller
 from miniinfer.serve.answers import Answer, Choice, Prompt, Table, encode
+from miniinfer.serve.auth import Client
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.foreign import renamed
-from miniinfer.serve.protocol import ApiError, CompletionRequest, Strict, TokenIds, between, checked
+from miniinfer.serve.protocol import ApiError, CompletionRequest, Strict, TokenIds, between, checked, parse
 from miniinfer.serve.schemas import Error, Shape, State, described
-from miniinfer.serve.service import Service
+from miniinfer.serve.service import Service, read_body
 
 HEALTH_SECONDS = 20.0  # for one token
 
@@ -135,13 +138,21 @@ class SglangRequest(Strict):
         return request, params
 
 
+class AbortRequest(Strict):
+    """/abort_request: the `rid` that /generate was given."""
+
+    rid: str = Field(min_length=1, max_length=256)
+
+
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
 class SglangAnswer(Answer):
     """What became of each prompt; in a stream, of one with every event."""
 
-    asked: SglangRequest  # set by the route
+    asked: SglangRequest  # set by the route, as are the other two
+    service: Service
+    client: Client | None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -200,6 +211,8 @@ def _reason(choice: Choice) -> dict[str, Any] | None:
         return None
     if choice.finish_reason == "length":
         return {"type": "length", "length": len(choice.token_ids)}
+    if choice.finish_reason == "abort":
+        return {"type": "abort", "message": "aborted by /abort_request"}
     return {"type": choice.finish_reason, "matched": choice.stop_reason if choice.stop_reason is not None else choice.token_ids[-1]}
 
 
@@ -233,6 +246,7 @@ class ServerInfo(Shape):
 def router(fleet: Fleet) -> APIRouter:
     """The routes, at the root as SGLang has them."""
     routes = APIRouter()
+    named: WeakSet[SglangAnswer] = WeakSet()  # those with an rid, for as long as somebody works on them
 
     @routes.post("/generate", **described(SglangRequest, Generated | list[Generated], stream="text/event-stream"))
     async def generate(http: Request) -> Response:
@@ -242,8 +256,18 @@ def router(fleet: Fleet) -> APIRouter:
         for prompt, own in zip(prompts, params, strict=len(params) > 1):
             prompt.params = own
         answer = _answer(service, request, params[0], prompts)
-        answer.asked = asked
+        answer.asked, answer.service, answer.client = asked, service, caller.get().client
+        if asked.rid:
+            named.add(answer)
         return await service.respond(http, answer, params[0])
+
+    @routes.post("/abort_request", **described(AbortRequest, media="text/plain"))
+    async def abort_request(http: Request) -> Response:
+        """Ends the client's own requests of this rid, which answer with what they have; it is no error if there are none."""
+        asked = parse(AbortRequest, await read_body(http, fleet.config.max_body_mib))
+        for answer in [one for one in named if one.asked.rid == asked.rid and one.client is caller.get().client]:
+            answer.service.abort(answer)
+        return Response(media_type="text/plain")
 
     @routes.get("/model_info", **described(answer=ModelInfo))
     @routes.get("/get_model_info", **described(answer=ModelInfo))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -151,6 +153,26 @@ def test_the_servers_own_routes(server: Server) -> None:
     assert ask(server, "GET", "/health_generate")[0] == 200 and server.engine.seen[-1][1].max_tokens == 1
     server.engine.is_alive = False
     assert ask(server, "GET", "/health_generate")[0] == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompts", [{"text": "hello"}, {"text": ["hello", "one two"]}])
+def test_abort_by_rid(server: Server, prompts: Any, stream: bool) -> None:
+    """What there is is answered; a request of another name goes on."""
+    engine = server.engine
+    engine.reply, engine.delay = lambda prompt: "hello there " * 200, 0.02
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(generate, server, **prompts, rid="mine", stream=stream, sampling_params={"max_new_tokens": 400})]
+        asked.append(threads.submit(generate, server, text="hello", rid="mine-0", sampling_params={"max_new_tokens": 60}))
+        while len(engine.open) < (2 if prompts["text"] == "hello" else 3):
+            time.sleep(0.01)
+        assert ask(server, "POST", "/abort_request", {"rid": "another"})[0] == ask(server, "POST", "/abort_request", {"rid": "mine"})[0] == 200
+        answers, other = asked[0].result(), asked[1].result()
+    ended = answers if isinstance(answers, list) else [answers]
+    reasons = [one["meta_info"]["finish_reason"] for one in ended if one["meta_info"]["finish_reason"]]
+    assert [reason["type"] for reason in reasons] == ["abort"] * (1 if prompts["text"] == "hello" else 2)
+    assert all(len(one["output_ids"]) < 400 for one in ended) and other["meta_info"]["finish_reason"]["type"] == "length"
+    assert ask(server, "POST", "/abort_request", {})[0] == 400 and server.api.unfinished == 0
 
 
 def test_flush_cache(server: Server) -> None:
