@@ -261,7 +261,7 @@ def router(fleet: Fleet) -> APIRouter:
             named.add(answer)
         return await service.respond(http, answer, params[0])
 
-    @routes.post("/abort_request", **described(AbortRequest, media="text/plain"))
+    @routes.post("/abort_request", **described(AbortRequest, answer=str, media="text/plain"))
     async def abort_request(http: Request) -> Response:
         """Ends the client's own requests of this rid, which answer with what they have; it is no error if there are none."""
         asked = parse(AbortRequest, await read_body(http, fleet.config.max_body_mib))
