@@ -20,6 +20,8 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
+MAX_BAD_WORDS = 128
+MAX_BAD_TOKENS = 32  # of one of them
 MAX_KEEP_SECONDS = 86400
 MAX_KEEP_PREFIXES = 8
 POOLINGS = ("last", "mean")  # what an embedding may be made of: the last token's final hidden state, or the mean of all
@@ -109,6 +111,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     seed: Annotated[int | None, "makes the tokens repeat exactly"] = None
     max_tokens: Annotated[int | None, "longest output; None = up to the context limit"] = 16
     min_tokens: Annotated[int, "no end-of-text or stop token before this many"] = 0
+    bad_words: Annotated[list[str] | None, "words that the output must not hold, nor with a blank before them"] = None
+    bad_words_token_ids: Annotated[list[list[int]] | None, "token sequences that the output must not hold"] = None
     stop: Annotated[list[str] | str | None, "text that ends the output"] = None
     stop_token_ids: Annotated[list[int] | None, "token ids that end the output"] = None
     ignore_eos: Annotated[bool, "do not stop at the end-of-text token"] = False
@@ -145,6 +149,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         check(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS, "prompt_logprobs", f"from 0 to {MAX_LOGPROBS}")
         check(len(self.stop_token_ids or ()) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
         check(all(self.stop or []), "stop", "non-empty strings")
+        check(len(self.bad_words or ()) <= MAX_BAD_WORDS and all(self.bad_words or []), "bad_words", f"at most {MAX_BAD_WORDS} non-empty strings")
+        fine = len(self.bad_words_token_ids or ()) <= 2 * MAX_BAD_WORDS and all(
+            0 < len(ids) <= MAX_BAD_TOKENS for ids in self.bad_words_token_ids or ()
+        )
+        check(fine, "bad_words_token_ids", f"at most {2 * MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_TOKENS} tokens")
         check(0 <= self.keep_cache_seconds <= MAX_KEEP_SECONDS, "keep_cache_seconds", f"from 0 to {MAX_KEEP_SECONDS}")
         if self.keep_cache_prefixes:
             fine = all(tokens >= 1 and 0 < seconds <= MAX_KEEP_SECONDS for tokens, seconds in self.keep_cache_prefixes)

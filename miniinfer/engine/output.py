@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace as replace_fields
 
-from miniinfer.data import Add, CompletionOutput, Logprob, RequestOutput, SamplingParams, SequenceUpdate, TokenLogprobs
+from miniinfer.data import MAX_BAD_TOKENS, Add, CompletionOutput, Logprob, RequestOutput, SamplingParams, SequenceUpdate, TokenLogprobs
 from miniinfer.engine.text import Detokenizer, Tokenizer
 
 __all__ = ["OutputProcessor", "StopStrings", "merge", "snapshot", "validate"]
@@ -43,12 +44,32 @@ def validate(
         raise ValueError(f"{path.strip('.`') or 'sampling parameters'}: {text}") from None
     except TypeError as e:
         raise ValueError(f"sampling parameters: {e}") from None
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        for token in ids or ():
+    named: dict[str, Iterable[int]] = {"logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
+    named["bad_words_token_ids"] = [token for sequence in params.bad_words_token_ids or () for token in sequence]
+    for name, ids in named.items():
+        for token in ids:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"{name}: token id {token} is outside the vocabulary of {vocabulary}")
     if params.stop and (tokenizer is None or not params.detokenize):
         raise ValueError("stop: stop strings need text, but there is no tokenizer or detokenize is off; use stop_token_ids")
+    _without_words(params, tokenizer)
+
+
+def _without_words(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
+    """The same with its bad words as the engine takes them, in tokens: as they are and with a blank before them."""
+    if not params.bad_words:
+        return params
+    if tokenizer is None:
+        raise ValueError("bad_words: words need a tokenizer; use bad_words_token_ids")
+    found = []
+    for word in params.bad_words:
+        try:
+            found += [ids for text in (word, " " + word) if (ids := tokenizer.encode(text, add_special_tokens=False))]
+        except ValueError:
+            raise ValueError("bad_words: must be valid text, without unpaired surrogates") from None
+        if found and max(map(len, found[-2:])) > MAX_BAD_TOKENS:
+            raise ValueError(f"bad_words: {word!r} has more than {MAX_BAD_TOKENS} tokens")
+    return replace_fields(params, bad_words=None, bad_words_token_ids=(params.bad_words_token_ids or []) + found)
 
 
 # ------------------------------------------------------------------------------------------------------ stop strings
@@ -163,6 +184,7 @@ class OutputProcessor:
     ) -> list[Add]:
         """Opens a request that `validate` has passed. Returns a message for each of its n sequences, in the order in which the engine must get
         them: siblings share the prompt's pages. ValueError if the id is already open."""
+        params = _without_words(params, self._tokenizer)
         if params.n == 1:
             ids, group = [request_id], None
         else:  # each message keeps n: the engine knows by it how many siblings will come

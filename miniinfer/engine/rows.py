@@ -52,6 +52,7 @@ class Rows:
         self.bias_values = torch.zeros(count, 0, device=device)
         self.held_ids = torch.zeros(count, 0, dtype=torch.int64, device=device)
         self.held_mask = torch.zeros(count, 0, dtype=torch.bool, device=device)
+        self.bad_words = torch.full((count, 0, 0), -1, dtype=torch.int32, device=device)  # right-aligned token sequences, -1 before them
         # Host mirrors: what the host itself put there, read to choose passes without asking the device.
         self.flags = np.zeros(count, dtype=np.int32)
         self.prompt_logprobs = np.full(count, -1, dtype=np.int32)
@@ -135,12 +136,14 @@ class Rows:
         filtered = heat > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         held = init.stop_ids if p.min_tokens and p.structured_outputs is None else []  # else masks hold them back (grammar.py)
-        biased = bool(p.logit_bias or held)
+        bad = p.bad_words_token_ids or []
+        biased = bool(p.logit_bias or held or bad)
         before, self.flags[init.row] = self.flags[init.row], FILTERED * filtered | PENALIZED * penalized | BIASED * biased
         self.prompt_logprobs[init.row] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
         self.prompt_lens[init.row] = init.prompt_len
         if biased or before & BIASED:  # the row's last request leaves nothing to this one: its batch may have others with a bias
             self._write_bias(init.row, p.logit_bias or {}, held)
+            self._write_bad_words(init.row, bad)
         return record
 
     def _write_bias(self, row: int, bias: dict[int, float], held: list[int]) -> None:
@@ -158,6 +161,18 @@ class Rows:
             if values:
                 table[row, : len(values)] = to_device(torch.tensor(values, dtype=table.dtype), self.device)
 
+    def _write_bad_words(self, row: int, bad: list[list[int]]) -> None:
+        count, longest = len(bad), max(map(len, bad), default=0)
+        rows, most, size = self.bad_words.shape
+        if count > most or longest > size:
+            wider = self.bad_words.new_full((rows, _grown(max(count, most)), _grown(max(longest, size))), -1)
+            wider[:, :most, wider.shape[2] - size :] = self.bad_words
+            self.bad_words = wider
+        self.bad_words[row] = -1
+        if bad:
+            table = torch.tensor([[-1] * (longest - len(ids)) + ids for ids in bad], dtype=torch.int32)
+            self.bad_words[row, :count, self.bad_words.shape[2] - longest :] = to_device(table, self.device)
+
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A copy on the device for which the host does not wait; a GPU's goes through pinned memory."""
@@ -168,6 +183,11 @@ def _widen(table: Tensor, width: int) -> Tensor:
     """A table with at least `width` columns, the new ones zero."""
     if width <= table.shape[1]:
         return table
-    wider = table.new_zeros(table.shape[0], max(8, 1 << (width - 1).bit_length()))
+    wider = table.new_zeros(table.shape[0], _grown(width))
     wider[:, : table.shape[1]] = table
     return wider
+
+
+def _grown(width: int) -> int:
+    """A size with some room to spare, so that tables seldom grow."""
+    return max(8, 1 << (width - 1).bit_length())

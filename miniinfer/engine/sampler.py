@@ -13,6 +13,8 @@ from miniinfer.engine import rows as layout
 from miniinfer.engine.rows import BIASED, FILTERED, PENALIZED, Rows
 from miniinfer.kernels import Ops
 
+BAD = -1e6  # added to the logit of a token that must not come
+
 
 def sample(logits: Tensor, rows: Rows, batch_rows: Tensor, positions: Tensor, flags: int, max_length: int, ops: Ops) -> Tensor:
     """Draws one token per entry and writes it to its row, where the next step will read it.
@@ -35,7 +37,19 @@ def _bias(logits: Tensor, rows: Rows, index: Tensor, positions: Tensor) -> Tenso
     held = rows.held_mask[index] & (positions < rows.params[index, layout.MIN_TOTAL]).unsqueeze(1)
     suppress = torch.zeros(held.shape, device=logits.device).masked_fill_(held, float("-inf"))
     logits = logits.scatter_add(1, rows.bias_ids[index], rows.bias_values[index])
-    return logits.scatter_add_(1, rows.held_ids[index], suppress)
+    logits = logits.scatter_add_(1, rows.held_ids[index], suppress)
+    return _without_bad_words(logits, rows, index, positions.long()) if rows.bad_words.numel() else logits
+
+
+def _without_bad_words(logits: Tensor, rows: Rows, index: Tensor, positions: Tensor) -> Tensor:
+    """Takes out tokens that would complete a bad word in the output. Not quite to -inf: where a grammar allows nothing else, they come."""
+    bad = rows.bad_words[index]
+    begins, lasts = bad[:, :, :-1], bad[:, :, -1]
+    at = positions.unsqueeze(1) + torch.arange(-begins.shape[2], 0, device=logits.device)
+    before = rows.tokens[index.unsqueeze(1), at.clamp(min=0)].masked_fill(at < rows.params[index, layout.PROMPT_LEN].unsqueeze(1), -1)
+    complete = ((begins < 0) | (begins == before.unsqueeze(1))).all(2) & (lasts >= 0)
+    taken = torch.zeros(lasts.shape, device=logits.device).masked_fill_(complete, BAD)
+    return logits.scatter_add_(1, lasts.clamp(min=0).long(), taken)
 
 
 def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, from_json
 
-from miniinfer.data import MAX_KEEP_SECONDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from miniinfer.data import MAX_BAD_WORDS, MAX_KEEP_SECONDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 from miniinfer.engine.beam import MAX_WIDTH, BeamSearchParams
 from miniinfer.serve import structured, tools_grammar
 
@@ -67,7 +67,8 @@ IGNORED |= {"guided_decoding_backend", "spaces_between_special_tokens"}  # vLLM'
 
 # OpenAI fields that would change the answer and that we do not have: refused, never ignored.
 _NOT_WITH_BEAMS = "temperature stop logit_bias presence_penalty frequency_penalty min_tokens allowed_token_ids structured_outputs".split() + [
-    *structured.GUIDED
+    "bad_words",
+    *structured.GUIDED,
 ]
 UNSUPPORTED = {
     "audio": "not supported; the model writes text",
@@ -122,6 +123,8 @@ _CALL = {"type": "object", "required": ["function"], "properties": {"function": 
 _TOOL = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": _FUNCTION}}
 TokenIds = Annotated[list[int], WithJsonSchema({"type": "array", "items": _TOKEN})]
 Stop = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(max_length=64), WithJsonSchema(_STOP)]
+_WORD = Annotated[str, Field(min_length=1)]
+Words = Annotated[list[_WORD], Field(max_length=MAX_BAD_WORDS)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -186,6 +189,7 @@ class Sampling(Truncation):
     logit_bias: Annotated[dict[int, float], WithJsonSchema(_BIAS)] | None = None
     seed: int | None = between(-(2**63), 2**63 - 1)
     stop: Stop | None = None
+    bad_words: Words | None = None  # that the answer must not hold, nor with a blank before them
     max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = between(0, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from miniinfer import LLM, SamplingParams
+from miniinfer.data import StructuredOutputsParams
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
@@ -59,3 +61,47 @@ def test_a_bias_ends_with_its_request(llm: LLM) -> None:
     llm.generate(["a", "b"], SamplingParams(max_tokens=2, logit_bias={70: 100.0}))
     beside, biased = llm.generate(["One day", "c"], [plain, SamplingParams(max_tokens=4, logit_bias={71: 100.0})])
     assert beside.outputs[0].token_ids == alone.outputs[0].token_ids and biased.outputs[0].token_ids == [71] * 4
+
+
+def test_bad_words_are_not_written(llm: LLM) -> None:
+    """Of one token or of several, with and without a blank; beside others, and only while the request runs."""
+    tokenizer, plain = llm.tokenizer, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    assert tokenizer is not None
+    free = llm.generate(["Once upon a time", "One day"], plain)
+    first = free[0].outputs[0].text
+    banned: list[str] = []
+    lengths = set()
+    while len(banned) < 8:  # each time the longest word that it wrote
+        bad = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, bad_words=banned)
+        limited, other = llm.generate(["Once upon a time", "One day"], [bad, plain])
+        text = limited.outputs[0].text
+        assert not any(f" {word}" in text for word in banned) and other.outputs[0].text == free[1].outputs[0].text
+        assert not banned or text != first
+        banned.append(max(re.findall(r"(?<= )[a-z]+", text), key=len))
+        lengths.add(len(tokenizer.encode(" " + banned[-1], add_special_tokens=False)))
+    assert 1 in lengths and max(lengths) > 1, lengths
+    pair = free[1].outputs[0].token_ids[3:6]
+    again = llm.generate("One day", SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, bad_words_token_ids=[pair]))[0].outputs[0].token_ids
+    assert again[:5] == free[1].outputs[0].token_ids[:5] and again[5] != pair[2] and pair not in [again[i : i + 3] for i in range(22)]
+    assert llm.generate(["Once upon a time"], plain)[0].outputs[0].text == first
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": ["a b " * 40]}, "bad_words"),
+        ({"bad_words_token_ids": [[]]}, "bad_words_token_ids"),
+        ({"bad_words_token_ids": [[1, 10**7]]}, "bad_words_token_ids"),
+    ],
+)
+def test_bad_words_that_are_none(llm: LLM, fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: "):
+        llm.generate(["a"], SamplingParams(**fields))
+
+
+def test_a_grammar_that_allows_nothing_but_bad_words(llm: LLM) -> None:
+    """It comes first: the request must not fail for it."""
+    params = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), bad_words=["yes", "no", "y", "n"])
+    (output,) = llm.generate(["Is it? "], params)
+    assert output.error is None and output.outputs[0].text in ("yes", "no")

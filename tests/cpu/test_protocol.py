@@ -197,7 +197,7 @@ def test_stop_string_and_length(server: Server) -> None:
 def test_every_sampling_field_arrives(server: Server) -> None:
     fields = {
         "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -0.5,
-        "repetition_penalty": 1.1, "seed": -3, "stop": ["zz"], "stop_token_ids": [9], "ignore_eos": True, "min_tokens": 2,
+        "repetition_penalty": 1.1, "seed": -3, "stop": ["zz"], "stop_token_ids": [9], "ignore_eos": True, "min_tokens": 2, "bad_words": ["awful"],
         "skip_special_tokens": False,
     }  # fmt: skip
     chat(server, **fields, logit_bias={"17": -100, "3": 2}, max_tokens=3, priority=4, cache_salt="s", user="u", store=False, metadata={})
