@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ log = get_logger(__name__)
 STOP_SECONDS = 5.0  # from the end of its stdin to SIGKILL
 LONGEST_FOLDER = 60  # characters of the temporary directory; a socket's whole path must stay below 104 (macOS) or 108 (Linux)
 LAST_WORDS_SECONDS = 0.3  # how long the reader may still find a message of a process that has ended
+RETRY_SECONDS = 0.005  # until a message is sent that nobody was connected for
 TICK = 0.5  # seconds between looks at a process that has work
 STOPPED_TICKS = 2  # a process that was stopped (SIGSTOP) for so long will not come back by itself
 
@@ -53,6 +55,7 @@ class EngineLink:
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = contextlib.ExitStack()  # what `close` undoes
         self._encoder = msgspec.msgpack.Encoder()
+        self._unsent: deque[list[bytes]] = deque()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._working = asyncio.Event()  # something was sent since the process was last seen idle
         self._idle_ticks = 0  # without progress
@@ -96,12 +99,23 @@ class EngineLink:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def send(self, *messages: ToEngine) -> None:
-        """Messages that the engine gets together, with no step between them. What a process that has ended would get is dropped, also when its socket
-        is gone before its end is known: for one that nobody is connected to, a send that waits would wait for good."""
+        """Messages that the engine gets together, with no step between them. What a process that has ended would get is dropped."""
         if not self.ended.done():
-            with contextlib.suppress(zmq.Again):
-                self._outbox.send_multipart([self._encoder.encode(message) for message in messages], zmq.NOBLOCK)
+            self._unsent.append([self._encoder.encode(message) for message in messages])
             self._working.set()
+            if len(self._unsent) == 1:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Sends what waits, in order. If nobody is connected, since the process has not got there yet or its end is not known yet, it tries again
+        soon: a send that waits would hold up the loop, in the second case for good."""
+        while self._unsent and not self.ended.done():
+            try:
+                self._outbox.send_multipart(self._unsent[0], zmq.NOBLOCK)
+            except zmq.Again:
+                asyncio.get_running_loop().call_later(RETRY_SECONDS, self._flush)
+                return
+            self._unsent.popleft()
 
     async def close(self, kill: bool = False) -> None:
         """Ends the process, with `kill` at once; leaves no socket, file or task behind. May be called more than once."""

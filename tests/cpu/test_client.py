@@ -20,8 +20,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from miniinfer.config import ConfigError, EngineConfig
-from miniinfer.data import SamplingParams
+from miniinfer.data import Add, Control, FromEngine, Reply, SamplingParams
 from miniinfer.engine.client import AsyncEngine, EngineDeadError
+from miniinfer.engine.link import EngineLink
 from miniinfer.engine.output import merge
 
 CORE = "echo_core:EchoCore"
@@ -520,3 +521,21 @@ def test_a_process_whose_end_is_not_known_yet_holds_nobody_up() -> None:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_messages_wait_for_a_process_that_has_not_connected_yet() -> None:
+    """In order, and without holding up the loop: a process says that it is ready before our side of its other socket knows of it."""
+
+    async def body() -> None:
+        came: list[FromEngine] = []
+        link = EngineLink(EngineConfig(model="echo", skip_tokenizer_init=True), CORE, came.extend, lambda: True)
+        await link.open()
+        link.send(Add("a", [1, 2], params(3)), Control(1, "adds"))
+        link.send(Control(2, "adds"))
+        await until(lambda: sum(isinstance(message, Reply) for message in came) == 2, 30)
+        replies = [message for message in came if isinstance(message, Reply)]
+        assert [reply.id for reply in replies] == [1, 2] and len(replies[0].value) == 1
+        await link.close()
+        link.send(Control(3, "adds"))  # for nobody
+
+    asyncio.run(body())
