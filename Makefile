@@ -1,5 +1,5 @@
 # make serve [PORT=8000] [MODEL=folder or hub name] [ARGS="--max-model-len 4096"]    install what is missing, then serve
-# make test                                                                          lint, types and all tests
+# make test                                                                          lint, types and all tests; what fails once is tried again, and listed
 # make docs                                                                          regenerate the file list in docs/structure.md
 #
 # Everything is installed into .venv, once: the stamps in it are older than pyproject.toml only if that has changed.
@@ -25,7 +25,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --reruns 1 -raR
 
 docs: .venv/serve.stamp
 	$(BIN)/python tools/structure.py

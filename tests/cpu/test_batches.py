@@ -485,12 +485,14 @@ def test_half_of_the_room_is_not_for_the_background() -> None:
 
 
 def test_a_full_server_is_no_failure_of_a_line(tokenizer: Tokenizer) -> None:
-    engine = FakeEngine(tokenizer)
+    engine = Gated(tokenizer)
     with Server(engine, max_waiting=4) as server:
         client = client_of(server)
-        batch = ended(client, submit(client, numbered(6)).id)
+        batch = submit(client, numbered(6))
+        until(lambda: server.api.metrics.refused["429"] > 0)
+        engine.let = 100
+        batch = ended(client, batch.id)
         assert batch.request_counts.completed == 6 and batch.error_file_id is None
-        assert server.api.metrics.refused["429"] > 0
 
 
 # ----------------------------------------------------------------------------------------------------------- restarts
