@@ -57,6 +57,8 @@ HISTOGRAMS = {
     "inference": (VLLM + "request_inference_time_seconds", "From the batch to a choice's end.", _SECONDS),
     "prompt_length": (VLLM + "request_prompt_tokens", "Tokens of a prompt.", _TOKENS),
     "output_length": (VLLM + "request_generation_tokens", "Tokens of a choice.", _TOKENS),
+    "longest_output": (VLLM + "request_max_num_generation_tokens", "Tokens of the longest choice of a prompt.", _TOKENS),
+    "computed_length": (VLLM + "request_prefill_kv_computed_tokens", "Tokens of a prompt that were not in the prefix cache.", _TOKENS),
     "params_n": (VLLM + "request_params_n", "Choices that a prompt asks for.", _TOKENS[:8]),
     "params_max_tokens": (VLLM + "request_params_max_tokens", "Most tokens of a choice that a prompt asks for, if it says so.", _TOKENS),
 }
@@ -179,8 +181,8 @@ class Timer:
         self._tokens = [0] * choices
         self._reasons: list[str | None] = [None] * choices
         self._queued: list[float | None] = [None] * len(prompts)
-        self._prompt_tokens = sum(prompts)
-        metrics.prompt_tokens += self._prompt_tokens
+        self._prompts = prompts
+        metrics.prompt_tokens += sum(prompts)
         for length in prompts:
             metrics.histograms["prompt_length"].observe(length)
             metrics.histograms["params_n"].observe(params.n)
@@ -228,17 +230,22 @@ class Timer:
             histograms["prefill"].observe(max(0.0, first - self._start - queued))
             histograms["inference"].observe(max(0.0, last - self._start - queued))
 
-    def close(self, end: str, cached_tokens: int) -> None:
-        """Nothing more will come: counts choices that have not ended as `end`, and tells the request's record."""
+    def close(self, end: str, cached_tokens: Sequence[int]) -> None:
+        """Nothing more will come: counts choices that have not ended as `end`, and tells the request's record. `cached_tokens`: of each prompt."""
         for index, reason in enumerate(self._reasons):
             if reason is None:
                 self._reasons[index] = end
                 self._metrics.finished[end] += 1
+        choices = len(self._tokens) // len(self._prompts)
+        for i, (length, cached) in enumerate(zip(self._prompts, cached_tokens, strict=True)):
+            if longest := max(self._tokens[i * choices : (i + 1) * choices]):
+                self._metrics.histograms["longest_output"].observe(longest)
+                self._metrics.histograms["computed_length"].observe(length - cached)
         record = self._record
         if record is None:
             return
-        record.prompt_tokens += self._prompt_tokens
-        record.cached_tokens += cached_tokens
+        record.prompt_tokens += sum(self._prompts)
+        record.cached_tokens += sum(cached_tokens)
         record.output_tokens += sum(self._tokens)
         record.finish_reasons += [reason for reason in self._reasons if reason is not None]
         record.queued = self._queued[0] if record.queued is None else record.queued

@@ -227,7 +227,7 @@ class Service:
             self._open.difference_update(ids)
             self._late.difference_update(ids)
             ticket.leave(answer.completion_tokens)
-            timer.close(end, sum(p.cached_tokens for p in answer.prompts))
+            timer.close(end, [p.cached_tokens for p in answer.prompts])
 
     def _at_deadline(self, ids: list[str], timeout: float | None) -> asyncio.TimerHandle | None:
         """Ends a request when its own time is over: the body's, from now on, or the head's, from the head on."""

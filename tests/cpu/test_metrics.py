@@ -96,7 +96,7 @@ def metrics_of(name: str, stats: dict[str, float] | None = None) -> Metrics:
 
 def test_every_choice_is_counted_once() -> None:
     metrics = metrics_of("m")
-    timed(metrics, (0, 1, None), (1, 1, None), (0, 3, None), (0, 1, "stop"), choices=2).close("abort", 4)
+    timed(metrics, (0, 1, None), (1, 1, None), (0, 3, None), (0, 1, "stop"), choices=2).close("abort", [4])
     got = samples(render([metrics]).decode())
     assert got["vllm:prompt_tokens_total"] == 10 and got["vllm:generation_tokens_total"] == 6
     assert {r: got[f"vllm:request_success_total{{finished_reason={r}}}"] for r in ("stop", "length", "abort", "error")} == {
@@ -109,6 +109,7 @@ def test_every_choice_is_counted_once() -> None:
     assert got["vllm:request_generation_tokens_sum"] == 5 and got["vllm:request_generation_tokens_bucket{le=2.0}"] == 0
     assert got["vllm:request_prompt_tokens_bucket{le=10.0}"] == 1 == got["vllm:request_prompt_tokens_bucket{le=+Inf}"]
     assert (got["vllm:request_params_n_sum"], got["vllm:request_params_max_tokens_sum"]) == (2, 16)
+    assert (got["vllm:request_max_num_generation_tokens_sum"], got["vllm:request_prefill_kv_computed_tokens_sum"]) == (5, 6)
 
 
 def test_several_models_share_a_page() -> None:
@@ -245,7 +246,7 @@ def test_words_and_fields_of_a_record() -> None:
     record = Record("POST", "/v1/completions", None, "id", seconds=0.5, status=200)
     assert logs.fields(record) == {"request_id": "id", "method": "POST", "path": "/v1/completions", "status": 200, "total_ms": 500}
     token = current.set(record)
-    timed(metrics_of("m"), (0, 2, None), (1, 1, "stop"), choices=2).close("error", 6)
+    timed(metrics_of("m"), (0, 2, None), (1, 1, "stop"), choices=2).close("error", [6])
     current.reset(token)
     got = logs.fields(record)
     assert (got["prompt_tokens"], got["cached_tokens"], got["output_tokens"], got["finish_reason"]) == (10, 6, 3, "error,stop")
