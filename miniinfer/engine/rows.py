@@ -18,6 +18,7 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, TOP_K, PROMPT_LEN, S
 RECORD = 12
 
 COLDEST = 1e-5  # temperatures below count as 0: logits divided by them might not be finite
+LEAST_PENALTY = 1e-5  # repetition penalties below count as this, for the same reason
 ALIGN = 64  # entries; tables begin at whole cache lines
 TURNS = 16  # counters that the stage op wants
 MOST_CHANGES = 16384  # that a step takes over from the host's memory; those of longer prompts are copied
@@ -127,9 +128,8 @@ class Rows:
         p = init.params
         record = np.zeros(RECORD, dtype=np.int32)
         heat = p.temperature if p.temperature >= COLDEST else 0.0
-        record[:6] = np.array([heat, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty], dtype=np.float32).view(
-            np.int32
-        )
+        repetition = max(p.repetition_penalty, LEAST_PENALTY)
+        record[:6] = np.array([heat, p.top_p, p.min_p, repetition, p.presence_penalty, p.frequency_penalty], dtype=np.float32).view(np.int32)
         record[TOP_K], record[PROMPT_LEN] = max(p.top_k, 0), init.prompt_len
         record[SEED : SEED + 2] = np.array([init.seed], dtype=np.int64).view(np.int32)
         record[MIN_TOTAL] = init.prompt_len + p.min_tokens

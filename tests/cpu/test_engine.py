@@ -167,3 +167,18 @@ def test_logits_that_are_not_finite_end_their_request_alone(tmp_path: Path, over
     assert core.scheduler.add(Add("again", [bad], SamplingParams()), 0.0) is None and not core.abort(["unknown"])
     (ended,) = [u for _ in range(4) for u in core.step() if u.finish_reason]
     assert ended.error == "the model's logits were not finite (NaN or infinity)"
+
+
+def test_no_accepted_parameter_makes_logits_that_are_not_finite(tmp_path: Path):
+    """The least and the most of each, together with those that multiply it."""
+    least = 5e-324
+    extremes = [
+        {"repetition_penalty": least},
+        {"repetition_penalty": least, "temperature": least},
+        {"repetition_penalty": least, "temperature": 1e-5, "frequency_penalty": -2, "presence_penalty": -2, "logit_bias": {5: 100}},
+        {"repetition_penalty": 100, "temperature": 100, "frequency_penalty": 2, "logit_bias": {5: -100}},
+        {"top_p": least, "min_p": least, "temperature": 1e-5},
+        {"top_p": least, "min_p": 1.0, "top_k": 2**31 - 1, "temperature": 100},
+    ]
+    wanted = [w for each in extremes for w in some_requests(2, ignore_eos=True, logprobs=1, **each)]
+    assert [got.finish for got in run(make_core(tmp_path), wanted)] == ["length"] * len(wanted)

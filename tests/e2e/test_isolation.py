@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import http.client
-import json
 import os
 import signal
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_process import ServerProcess, raw_request, stream, wait_for
+from attackers import ATTACKS, attacked, latencies
+from serve_process import ServerProcess, stream, wait_for
 
 from miniinfer.models.hub import BUNDLED
 
@@ -71,73 +67,16 @@ def test_streams_survive_the_engine_process(server: ServerProcess, number: int) 
 # -------------------------------------------------------------------------------------------------------- neighbours
 
 
-def latencies(server: ServerProcess) -> list[float]:
-    """Of one neighbour's short requests, one after the other, in milliseconds and in order of size."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    body, found = json.dumps({"model": "bundled", "prompt": "Hello", "max_tokens": 4, "temperature": 0}), []
-    for _ in range(SAMPLES):
-        begin = time.monotonic()
-        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-        response = connection.getresponse()
-        assert response.read() and response.status == 200
-        found.append(1e3 * (time.monotonic() - begin))
-    connection.close()
-    return sorted(found)
-
-
-def connect(server: ServerProcess, receive_buffer: int = 4096) -> socket.socket:
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    sock.settimeout(20)
-    sock.connect(("127.0.0.1", server.port))
-    return sock
-
-
-def trickled_heads(server: ServerProcess, stop: threading.Event) -> None:
-    socks = [connect(server) for _ in range(300)]
-    while not stop.wait(1.0):
-        for sock in socks:
-            with contextlib.suppress(OSError):
-                sock.sendall(b"GET /live HTTP/1.1\r\nx: y\r\n"[:1])
-
-
-def unread_answers(server: ServerProcess, stop: threading.Event) -> None:
-    """Long streams that have ended long since, but for the client that takes none of it."""
-    socks = [connect(server) for _ in range(50)]
-    for i, sock in enumerate(socks):
-        sock.sendall(raw_request({**asked(i), "max_tokens": 10, "stream": True}))
-    stop.wait()
-
-
-def header_floods(server: ServerProcess, stop: threading.Event) -> None:
-    while not stop.wait(0.2):
-        with contextlib.suppress(OSError), connect(server) as sock:
-            sock.sendall(b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000)
-
-
-def large_bodies(server: ServerProcess, stop: threading.Event) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    while not stop.wait(0.2):
-        with contextlib.suppress(OSError), connect(server) as sock:
-            sock.sendall(head + b"content-length: 999999999\r\n\r\n" + b"x" * 100_000)
-
-
 def test_attackers_leave_their_neighbours_latency_alone(server: ServerProcess) -> None:
-    latencies(server)
-    before = latencies(server)
-    attacks: list[Callable[[ServerProcess, threading.Event], None]] = [trickled_heads, unread_answers, header_floods, large_bodies]
-    for attack in attacks:
-        stop = threading.Event()
-        thread = threading.Thread(target=attack, args=(server, stop))
-        thread.start()
-        time.sleep(1.0)
-        beside = latencies(server)
-        stop.set()
-        thread.join()
-        after = latencies(server)
+    latencies(server.port, SAMPLES)
+    before = latencies(server.port, SAMPLES)
+    for name in ATTACKS:
+        with attacked(server.port, name):
+            beside = latencies(server.port, SAMPLES)
+        after = latencies(server.port, SAMPLES)
         quiet, before = sorted(before + after), after
         (p50, p99), (with50, with99) = ((x[len(x) // 2], x[int(0.99 * len(x))]) for x in (quiet, beside))
-        print(f"{attack.__name__}: p50 {p50:.1f} -> {with50:.1f} ms, p99 {p99:.1f} -> {with99:.1f} ms")
+        print(f"{name}: p50 {p50:.1f} -> {with50:.1f} ms, p99 {p99:.1f} -> {with99:.1f} ms")
         assert with50 <= 3 * p50 + 20 and with99 <= 5 * p99 + 200  # generous: the machine is not ours alone
     assert resident_mib(server.process.pid) < 1024
 
@@ -152,7 +91,7 @@ def test_an_idle_server_costs_nothing(server: ServerProcess) -> None:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    latencies(server)
+    latencies(server.port, SAMPLES)
     time.sleep(1.5)
     pids = server.process.pid, server.engine_pid()
     before = [cpu_seconds(pid) for pid in pids]
