@@ -99,12 +99,13 @@ class Pinned:
     salt: str
     id: str = field(default_factory=lambda: f"pin-{uuid.uuid4().hex}")  # the engine's name for it
     created: float = field(default_factory=time.time)
-    expiry: asyncio.TimerHandle | None = None
+    expiry: asyncio.Handle | None = None
+    expires: float = 0.0  # when, in the loop's time; the handle of a short time does not know
     ready: bool = False  # computed
 
     def shown(self, engine: dict[str, int]) -> dict[str, Any]:
         """As clients see it; `engine` is what the engine says of it, if it can be asked."""
-        left = None if self.expiry is None else round(max(0.0, self.expiry.when() - asyncio.get_running_loop().time()), 3)
+        left = None if self.expiry is None else round(max(0.0, self.expires - asyncio.get_running_loop().time()), 3)
         return {
             "object": "prefix",
             "name": self.name,
@@ -153,8 +154,9 @@ class Prefixes:
                     del self._pins[key]
         if pin.expiry is not None:
             pin.expiry.cancel()
-        loop = asyncio.get_running_loop()
-        pin.expiry = None if request.ttl_seconds is None else loop.call_later(request.ttl_seconds, self.delete, key)
+        pin.expiry, loop = None, asyncio.get_running_loop()
+        if request.ttl_seconds is not None:
+            pin.expiry, pin.expires = loop.call_later(request.ttl_seconds, self.delete, key), loop.time() + request.ttl_seconds
         return pin.shown((await _described(service)).get(pin.id, {}))
 
     def delete(self, key: Key) -> bool:

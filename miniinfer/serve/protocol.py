@@ -140,12 +140,14 @@ class Strict(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """For /openapi.json: null stands for an absent field, so every field that may be absent may be null."""
+        """For /openapi.json: null stands for an absent field, so every field that may be absent may be null, and one that we do not know as well."""
         shown = handler(core)
         schema = handler.resolve_ref_schema(shown)
         properties = schema.get("properties", {})
         for name in properties.keys() - set(schema.get("required", ())):
             properties[name] = _nullable(properties[name])
+        if schema.get("additionalProperties") is False:
+            schema["additionalProperties"] = {"type": "null"}
         return shown
 
 

@@ -63,7 +63,7 @@ def test_the_document_is_a_valid_one(server: Server) -> None:
         jsonschema.Draft202012Validator.check_schema(schema)
     completion = document["components"]["schemas"]["CompletionRequest"]
     validator = jsonschema.Draft202012Validator({**completion, "components": document["components"]})
-    assert validator.is_valid({"prompt": [[1, 319]], "stop": "x", "user": "me", "stream": None})
+    assert validator.is_valid({"prompt": [[1, 319]], "stop": "x", "user": "me", "stream": None, "unknown": None})
     for wrong in ({"prompt": [[1, 320]]}, {"prompt": "x", "unknown": 1}, {"prompt": "x", "n": 0}, {"prompt": "x", "stream": "yes"}, {}):
         assert not validator.is_valid(wrong)
 

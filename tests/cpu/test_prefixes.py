@@ -133,8 +133,9 @@ def test_create_list_delete(server: Server) -> None:
     assert ask(server, "DELETE", "/rules")[0] == 404 and names(server) == [] and not server.engine.pins
 
 
-def test_a_pin_ends_by_itself(server: Server) -> None:
-    assert ask(server, "POST", body=rules(ttl_seconds=0.2))[0] == 200
+@pytest.mark.parametrize("seconds", [0.2, 1e-4, 5e-324])
+def test_a_pin_ends_by_itself(server: Server, seconds: float) -> None:
+    assert ask(server, "POST", body=rules(ttl_seconds=seconds))[0] == 200
     end = time.monotonic() + 10
     while names(server) and time.monotonic() < end:
         time.sleep(0.02)
