@@ -171,7 +171,9 @@ class _Tags:
             case "or":
                 return "(" + " | ".join(self._any(e) for e in _list(form, "elements")) + ")"
             case "any_text":
-                return self._text(())
+                return self._text(self._excluded(form))
+            case "any_tokens":
+                return f"<[^{','.join(str(self._id(token)) for token in _list(form, 'exclude_tokens', str))}]>*"
             case "tag":
                 return self._tag(form, "")
             case "tags_with_separator":
@@ -185,22 +187,24 @@ class _Tags:
     def _tag(self, form: dict[str, Any], trigger: str) -> str:
         """A tag without the trigger, which has been written already."""
         begin, end, content = _field(form, "begin", str)[len(trigger) :], _field(form, "end", str), _field(form, "content", dict)
+        if content.get("type") == "any_text" and "max_tokens" in content:
+            return f"{self._literal(begin)} {self._short(_field(content, 'max_tokens', int), end)}"
         if content.get("type") == "any_text":
-            return f"{self._literal(begin)} {self._until(end)}"
+            return f"{self._literal(begin)} {self._until(end, self._excluded(content))}"
         return f"{self._literal(begin)} {self._any(content)} {self._literal(end)}"
 
     def _triggered(self, form: dict[str, Any]) -> str:
         """Free text, and behind each trigger one of the tags that begin with it."""
         triggers, options = _list(form, "triggers", str), []
-        tags = _list(form, "tags")
+        tags, excluded = _list(form, "tags"), self._excluded(form)
         for trigger in triggers:
             own = [self._tag(t, trigger) for t in tags if _field(t, "begin", str).startswith(trigger)]
             if not trigger or not own:
                 raise ValueError(f"structural_tag: no tag begins with the trigger {trigger!r}")
-            options.append(f"{self._until(trigger, triggers)} ({' | '.join(own)})")
+            options.append(f"{self._until(trigger, [*triggers, *excluded])} ({' | '.join(own)})")
         if not all(any(_field(t, "begin", str).startswith(trigger) for trigger in triggers) for t in tags):
             raise ValueError("structural_tag: a tag begins with none of the triggers")
-        once, text = "(" + " | ".join(options) + ")", self._text(triggers)
+        once, text = "(" + " | ".join(options) + ")", self._text([*triggers, *excluded])
         if form.get("stop_after_first"):
             return once if form.get("at_least_one") else f"({once} | {text})"
         return f"{once}{'+' if form.get('at_least_one') else '*'} {text}"
@@ -210,6 +214,23 @@ class _Tags:
         if end in self._ids:
             return f"{self._text([end, *others])} <[{self._ids[end]}]>"
         return self._rule(f"/(.|\\n)*/ {json.dumps(end)}", "until", "[lazy]")
+
+    def _short(self, most: int, end: str) -> str:
+        """At most so many tokens of text, without added tokens, and `end`, which is one: as text it would be part of the text before."""
+        text = self._rule("/(.|\\n)*/", "thought", f"[max_tokens={most}]") if most > 0 else ""
+        return f"{text} <[{self._id(end)}]>"
+
+    def _id(self, token: str) -> int:
+        if token not in self._ids:
+            raise ValueError(f"structural_tag: {token!r} is not a token of its own here")
+        return self._ids[token]
+
+    def _excluded(self, form: dict[str, Any]) -> list[str]:
+        """Added tokens that a form's free text must not have."""
+        excluded = _list(form, "excludes", str) if form.get("excludes") else []
+        for token in excluded:
+            self._id(token)
+        return excluded
 
     def _text(self, without: list[str] | tuple[str, ...]) -> str:
         """Any text; of the added tokens those that are neither special nor in `without`."""

@@ -157,7 +157,7 @@ class ToolChoice(Strict):
 
 
 class ThinkingConfig(Strict):
-    """Whether the model thinks first, for templates that know it. The budget is not enforced."""
+    """Whether the model thinks first, for templates that know it, and for how many tokens, if its thinking can be ended."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1)
@@ -202,6 +202,8 @@ class CountRequest(Strict):
         if self.output_config is not None and self.output_config.format is not None:
             fields["response_format"] = _format(self.output_config.format)
         on = None if self.thinking is None else self.thinking.type != "disabled"
+        if on and service.ends_reasoning(service.formats()):  # clients send a budget unasked
+            fields["thinking_token_budget"] = self.thinking and self.thinking.budget_tokens
         fields["chat_template_kwargs"] = thinking_variables(service, on, self.output_config.effort if self.output_config else None)
         return chat_request(fields, _NAMES)
 

@@ -40,8 +40,9 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     try:
         formats = prompt.formats or Formats(None, None)
-        offered = request.offered_tools or []
-        wanted = constraint(params.structured_outputs, offered, request.tool_choice, request.parallel_tool_calls, formats, prompt.text or "")
+        budget = _budget(service, request, params.max_tokens, formats)
+        given = params.structured_outputs, request.offered_tools or [], request.tool_choice, request.parallel_tool_calls
+        wanted = constraint(*given, formats, prompt.text or "", budget)
     except ValueError as e:
         raise ApiError.from_value_error(e) from None
     if wanted is not params.structured_outputs:
@@ -49,6 +50,17 @@ async def chat_answer(service: Service, request: ChatRequest, kind: type[A], pre
     prompt.token_ids = service.truncated(prompt.token_ids, request, params.max_tokens)
     answer = kind(prefix + uuid.uuid4().hex, service.model, request, [prompt], params.n, service.engine.tokenizer)
     return answer, params
+
+
+def _budget(service: Service, request: ChatRequest, limit: int | None, formats: Formats) -> int | None:
+    """The most tokens of reasoning, if that is less than all. ValueError if reasoning cannot be ended here."""
+    budget = request.thinking_token_budget
+    if budget is None or budget < 0:
+        return None
+    if not service.ends_reasoning(formats):
+        name = formats.reasoning.name if formats.reasoning else "none"
+        raise ValueError(f"thinking_token_budget: the model's reasoning (reasoning_parser: {name}) is not between two tokens of its own")
+    return None if limit is not None and budget >= limit else budget
 
 
 async def infilled(service: Service, prompt: str, suffix: str, add_special_tokens: bool) -> list[int]:

@@ -476,6 +476,7 @@ class ChatRequest(Sampling):
     modalities: list[str] | None = None
     include_reasoning: bool = True
     reasoning_effort: Effort | None = None
+    thinking_token_budget: int | None = Field(None, ge=-1, lt=2**31, description="the most tokens of reasoning; -1: as many as the model likes")
     add_generation_prompt: bool = True
     continue_final_message: bool = False  # the answer goes on where the last message ends
     echo: bool = False  # the answer begins with the last message, if that is the assistant's

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from miniinfer.data import StructuredOutputsParams
@@ -66,15 +66,23 @@ def check_choice(choice: Any, tools: Sequence[dict[str, Any]] | None) -> None:
 
 
 def constraint(
-    wanted: StructuredOutputsParams | None, tools: Sequence[dict[str, Any]], choice: Any, parallel: bool, formats: Formats, prompt: str
+    wanted: StructuredOutputsParams | None,
+    tools: Sequence[dict[str, Any]],
+    choice: Any,
+    parallel: bool,
+    formats: Formats,
+    prompt: str,
+    budget: int | None = None,
 ) -> StructuredOutputsParams | None:
     """What an answer must look like; None if it may be anything. `wanted` is what the request itself asks for, `tools` those that the model is shown,
-    `choice` one that `check_choice` let pass, `prompt` the rendered one.
+    `choice` one that `check_choice` let pass, `prompt` the rendered one, `budget` the most tokens of reasoning, for a format that `can_be_limited`.
 
     "required" and a name make the answer calls and nothing else. Left to choose, the model writes calls or what is wanted; without anything wanted,
     calls to a tool that is `strict` have arguments of its schema, if the format's calls begin with a tag of their own. All this comes after the
     reasoning for which the prompt leaves room. ValueError, naming the field, for what cannot be had."""
     format, reasoning = formats.tools if tools else None, formats.reasoning
+    if reasoning is None or prompt.rstrip().endswith(reasoning.end):
+        budget = None
     form = None if wanted is None else _form(wanted, reasoning)
     if choice not in (None, "auto", "none"):
         if format is None:
@@ -84,27 +92,39 @@ def constraint(
         named = choice["function"]["name"] if isinstance(choice, dict) else None
         called = [tool for tool in tools if named in (None, tool["function"]["name"])]
         calls = _calls([_call(tool, format, _parameters(tool)) for tool in called], format, parallel and named is None)
-        return params("tool_choice", structural_tag={"format": after_reasoning(calls, reasoning, prompt)})
+        return params("tool_choice", structural_tag={"format": after_reasoning(calls, reasoning, prompt, budget)})
     if wanted is not None:
+        if form is None and budget is not None:
+            raise ValueError(f"thinking_token_budget: {wanted.field} with a {wanted.kind} says itself what reasoning there may be")
         if form is None or (format is None and after_reasoning(form, reasoning, prompt) is form):
             return wanted
         if format is not None and format.arguments == "json":
             form = {"type": "or", "elements": [_calls([_call(t, format, _parameters(t)) for t in tools], format, parallel), form]}
-        return params(wanted.field, structural_tag={"format": after_reasoning(form, reasoning, prompt)})
-    if format is None or not any(tool["function"].get("strict") for tool in tools):
-        return None
-    form = _auto(tools, format)
-    return None if form is None else params("tools", structural_tag={"format": form})
+        return params(wanted.field, structural_tag={"format": after_reasoning(form, reasoning, prompt, budget)})
+    if format is not None and any(tool["function"].get("strict") for tool in tools):
+        form = _auto(tools, format)
+    if budget is None or reasoning is None:
+        return None if form is None else params("tools", structural_tag={"format": form})
+    excluded = [reasoning.begin]  # what is free must not be reasoning as well
+    form = {"type": "any_tokens", "exclude_tokens": excluded} if form is None else {**form, "excludes": excluded}
+    return params("thinking_token_budget", structural_tag={"format": after_reasoning(form, reasoning, prompt, budget)})
 
 
-def after_reasoning(form: Form, reasoning: ReasoningFormat | None, prompt: str) -> Form:
-    """`form`, with the reasoning before it for which the prompt leaves room: none behind a closed one, and an open one must be ended."""
+def can_be_limited(reasoning: ReasoningFormat | None, added_tokens: Collection[str]) -> bool:
+    """Can the end of reasoning be forced: its tags must be tokens of their own, and nothing else may have to follow."""
+    return reasoning is not None and reasoning.name != "harmony" and {reasoning.begin, reasoning.end} <= set(added_tokens)
+
+
+def after_reasoning(form: Form, reasoning: ReasoningFormat | None, prompt: str, budget: int | None = None) -> Form:
+    """`form`, with the reasoning before it for which the prompt leaves room: none behind a closed one, and an open one must be ended, after `budget`
+    tokens at the latest."""
     tail = prompt.rstrip()
     if reasoning is None or tail.endswith(reasoning.end):
         return form
     layout = {"type": "const_string", "value": "<|start|>assistant"} if reasoning.name == "harmony" else {"type": "regex", "pattern": r"\s{0,4}"}
     opened = tail.endswith(reasoning.begin)
-    thought = _tag("" if opened else reasoning.begin, {"type": "any_text"}, reasoning.end)
+    text: Form = {"type": "any_text"} if budget is None else {"type": "any_text", "max_tokens": budget}
+    thought = _tag("" if opened else reasoning.begin, text, reasoning.end)
     after = {"type": "sequence", "elements": [thought, layout, form]}
     return after if opened else {"type": "or", "elements": [after, form]}
 

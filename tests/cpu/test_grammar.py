@@ -26,8 +26,8 @@ from miniinfer.engine.grammar import Grammars
 from miniinfer.engine.guidance import Backend
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.parsers import Formats
-from miniinfer.serve.parsers.formats import REASONING_FORMATS, TOOL_FORMATS
-from miniinfer.serve.tools_grammar import constraint
+from miniinfer.serve.parsers.formats import REASONING_FORMATS, TOOL_FORMATS, ReasoningFormat
+from miniinfer.serve.tools_grammar import can_be_limited, constraint
 
 BUNDLED = Path(grammar.__file__).parents[1] / "assets" / "bundled"
 WORDS = 6144 // 32
@@ -225,6 +225,57 @@ def test_structure_comes_after_reasoning(backend: Backend, tokenizer: Tokenizer)
     assert [said(t, "x<think>\n\n</think>\n\n") for t in ("12", "<think>hm</think>12")] == ["yes", "no"]
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert [said(t, "x", TOOLS) for t in ("12", call, "<think>hm</think>" + call, "text")] == ["yes", "yes", "yes", "no"]
+
+
+LIMITED = ReasoningFormat("limited", "<tool_response>", "</tool_response>")  # tags that are tokens of the bundled vocabulary
+BEGIN, CLOSE = LIMITED.begin, LIMITED.end
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tools", "choice", "answer"),
+    [
+        (None, [], None, "Hi."),
+        (want(json={"type": "integer"}), [], None, "12"),
+        (None, TOOLS, None, 'So <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'),
+        (None, TOOLS, "required", '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'),
+    ],
+    ids=["free", "json", "strict", "required"],
+)
+def test_reasoning_ends_within_its_budget(backend: Backend, tokenizer: Tokenizer, wanted: Any, tools: Any, choice: Any, answer: str) -> None:
+    def said(text: str, prompt: str, budget: int) -> str:
+        made = constraint(wanted, tools, choice, True, Formats(TOOL_FORMATS["hermes"], LIMITED), prompt, budget)
+        return "free" if made is None else follow(backend, tokenizer, made, text)
+
+    assert [len(tokenizer.encode(text, False)) for text in ("!?!", "!?!?")] == [3, 4]
+    for prompt, begin in (("x", BEGIN), ("x" + BEGIN + "\n", "")):
+        for thought, budget, right in (("!?!", 3, "yes"), ("!?!?", 3, "no"), ("!?!?", 4, "yes"), ("", 3, "yes"), ("", 0, "yes"), ("!?!", 0, "no")):
+            assert said(begin + thought + CLOSE + answer, prompt, budget) == right, (prompt, thought, budget)
+        assert said(begin + "!?!", prompt, 3) == "more"
+        assert said(begin + "!?!" + CLOSE + answer + BEGIN, prompt, 3) == "no"  # once
+    assert said(answer, "x", 3) == "yes" and said(answer + BEGIN, "x", 3) == "no"  # without any
+    assert said(answer, "x" + BEGIN + CLOSE, 3) in ("yes", "free")  # the prompt has ended it
+
+
+def test_reasoning_that_cannot_be_limited() -> None:
+    with pytest.raises(ValueError, match="thinking_token_budget: structured_outputs with a grammar says itself"):
+        constraint(want(grammar='start: "x"'), [], None, True, Formats(None, LIMITED), "x", 3)
+    think, harmony = REASONING_FORMATS["think"], REASONING_FORMATS["harmony"]
+    assert can_be_limited(think, ["a", "<think>", "</think>"]) and not can_be_limited(think, ["<think>"]) and not can_be_limited(None, [])
+    assert not can_be_limited(harmony, [harmony.begin, harmony.end])
+
+
+def test_a_model_stops_thinking(llm: LLM) -> None:
+    """It is sampled hot, so it would not by itself; with neighbours of other budgets, and grammars behind."""
+    begin, close = (llm.tokenizer.encode(tag, False)[0] for tag in (BEGIN, CLOSE))
+    params, budgets = [], [0, 1, 5, 30, 5]
+    for i, budget in enumerate(budgets):
+        wanted = want(json={"type": "integer"}) if i == 4 else None
+        made = constraint(wanted, [], None, True, Formats(None, LIMITED), "x" + BEGIN, budget)
+        params.append(SamplingParams(temperature=5.0, seed=i, max_tokens=60, ignore_eos=True, structured_outputs=made, skip_special_tokens=False))
+    for out, budget in zip(llm.generate([f"Say {i}" for i in range(5)], params), budgets, strict=True):
+        ids = out.outputs[0].token_ids
+        assert ids.index(close) <= budget and ids.count(close) == 1 and begin not in ids
+    assert re.fullmatch(r"-?\d+", out.outputs[0].text.partition(CLOSE)[2].strip())
 
 
 # ---------------------------------------------------------------------------------------------------------- the engine

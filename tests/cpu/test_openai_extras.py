@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
+import tokenizers
 from chat_tokenizer import save_tokenizer
 from serve_fake import FakeEngine, Server, read_events
 
@@ -141,3 +143,53 @@ def test_token_ids_in_streams(server: Server) -> None:
 def test_a_bad_bias_is_named(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="logit_bias: keys must be token ids, got 'bad1', 'bad2'"):
         client.chat.completions.create(model="tiny", messages=SAID, logit_bias={"bad1": 5, "7": 1, "bad2": 2})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ an end to reasoning
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on a model whose reasoning is between two tokens."""
+    folder = save_tokenizer(tmp_path_factory.mktemp("thinker"))
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    backend.save(str(folder / "tokenizer.json"))
+    with Server(FakeEngine(Tokenizer.from_folder(folder))) as server:
+        yield server
+
+
+def test_thinking_token_budget(thinker: Server) -> None:
+    """As a grammar that the engine follows: test_grammar.py has what it means there."""
+
+    def asked(**fields: Any) -> Any:
+        openai.OpenAI(base_url=thinker.url + "/v1", api_key="none", max_retries=0).chat.completions.create(
+            model="tiny",
+            messages=SAID,
+            extra_body=fields,  # type: ignore[arg-type]
+        )
+        wanted = thinker.engine.seen[-1][1].structured_outputs
+        return None if wanted is None else (wanted.field, wanted.text)
+
+    field, text = asked(thinking_token_budget=7)
+    assert field == "thinking_token_budget" and '"max_tokens":7' in text.replace(" ", "")
+    field, text = asked(thinking_token_budget=7, response_format={"type": "json_object"})
+    assert field == "response_format" and '"max_tokens":7' in text.replace(" ", "")
+    assert [asked(thinking_token_budget=b) for b in (-1, None)] == [None, None]
+    assert asked(thinking_token_budget=20, max_completion_tokens=20) is None  # which ends it anyhow
+    assert asked(thinking_token_budget=7, chat_template_kwargs={"enable_thinking": False}) is None
+
+
+def test_a_budget_for_reasoning_that_cannot_be_ended(client: openai.OpenAI) -> None:
+    with pytest.raises(
+        openai.BadRequestError, match="thinking_token_budget: the model's reasoning .reasoning_parser: think. is not between two"
+    ) as e:
+        client.chat.completions.create(model="tiny", messages=SAID, extra_body={"thinking_token_budget": 7})  # type: ignore[arg-type]
+    assert e.value.param == "thinking_token_budget"
+
+
+def test_anthropics_budget(thinker: Server) -> None:
+    client = anthropic.Anthropic(base_url=thinker.url, api_key="none", max_retries=0)
+    for on, grammar in (({"type": "enabled", "budget_tokens": 50}, True), ({"type": "adaptive"}, False), ({"type": "disabled"}, False)):
+        client.messages.create(model="tiny", max_tokens=100, messages=SAID, thinking=on)  # type: ignore[call-overload]
+        assert (thinker.engine.seen[-1][1].structured_outputs is not None) == grammar
