@@ -20,6 +20,9 @@ from miniinfer.engine.core import EngineCore
 from miniinfer.engine.output import OutputProcessor, unit, validate
 from miniinfer.engine.text import Tokenizer
 from miniinfer.models.hub import resolve_folder
+from miniinfer.utils import get_logger
+
+log = get_logger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -65,8 +68,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues each prompt: a text, a list of token ids, or {"prompt": ...} / {"prompt_token_ids": [...]}; one of them or a list.
 
-        `sampling_params`, `priority`: one for all, or one each. Returns one RequestOutput per prompt, in order. ValueError names a bad prompt or
-        field; then nothing has been started."""
+        `sampling_params`, `priority`: one for all, or one each. Returns one RequestOutput per prompt, in order. One that failed alone, say by a bad
+        grammar, has its `error` set, and the log says so. ValueError names a bad prompt or field; then nothing has been started."""
         wanted: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         params = self._params_for(len(wanted), sampling_params)
         priorities = [priority or 0] * len(wanted) if priority is None or isinstance(priority, int) else list(priority)
@@ -80,7 +83,11 @@ class LLM:
             except ValueError as e:
                 raise ValueError(f"prompts[{i}]: {e}") from None
             requests.append((text, ids, each, priorities[i]))
-        return self._run(requests, use_tqdm)
+        outputs = self._run(requests, use_tqdm)
+        failed = [f"prompts[{i}]: {output.error}" for i, output in enumerate(outputs) if output.error is not None]
+        if failed:
+            log.warning("%d of %d requests failed, see `error` of their outputs; the first: %s", len(failed), len(outputs), failed[0])
+        return outputs
 
     def chat(
         self,

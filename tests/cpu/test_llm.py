@@ -105,3 +105,12 @@ def test_a_grammar_that_allows_nothing_but_bad_words(llm: LLM) -> None:
     params = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), bad_words=["yes", "no", "y", "n"])
     (output,) = llm.generate(["Is it? "], params)
     assert output.error is None and output.outputs[0].text in ("yes", "no")
+
+
+def test_a_request_that_fails_alone_is_told_of(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    params = [SamplingParams(max_tokens=2), SamplingParams(structured_outputs=StructuredOutputsParams(regex="(unclosed"))]
+    with caplog.at_level("WARNING"):
+        good, bad = llm.generate(["a", "b"], params)
+    assert good.error is None and len(good.outputs[0].token_ids) == 2
+    assert bad.error is not None and bad.outputs[0].finish_reason == "error"
+    assert caplog.messages == [f"1 of 2 requests failed, see `error` of their outputs; the first: prompts[1]: {bad.error}"]
