@@ -329,10 +329,8 @@ class ReasoningTokens:
     def of(formats: Formats, prompt: Prompt, tokenizer: Tokenizer | None) -> ReasoningTokens | None:
         """None where reasoning has no tags that are single tokens."""
         tags = formats.reasoning
-        begin, end = (tokenizer.token_id(tags.begin), tokenizer.token_id(tags.end)) if tags and tokenizer else (None, None)
-        if tags is None or begin is None or end is None:
-            return None
-        return ReasoningTokens(begin, end, tags.opened_by(prompt.text or ""))
+        ids = tags.ids(tokenizer) if tags is not None else None
+        return None if tags is None or ids is None else ReasoningTokens(*ids, tags.opened_by(prompt.text or ""))
 
     def push(self, ids: list[int]) -> None:
         if self._first and ids:

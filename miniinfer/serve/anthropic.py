@@ -202,7 +202,7 @@ class CountRequest(Strict):
         if self.output_config is not None and self.output_config.format is not None:
             fields["response_format"] = _format(self.output_config.format)
         on = None if self.thinking is None else self.thinking.type != "disabled"
-        if on and service.ends_reasoning(service.formats()):  # clients send a budget unasked
+        if on and (tags := service.formats().reasoning) and tags.ids(service.engine.tokenizer):  # else it is left out: clients send it unasked
             fields["thinking_token_budget"] = self.thinking and self.thinking.budget_tokens
         fields["chat_template_kwargs"] = thinking_variables(service, on, self.output_config.effort if self.output_config else None)
         return chat_request(fields, _NAMES)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from miniinfer.serve.protocol import ApiError
+from miniinfer.serve.protocol import ApiError, without_foreign
 
 # Billing, routing and diagnosis of a service, and hints that change no answer: `context_management` may take something out of a long conversation,
 # and never does here.
@@ -30,10 +30,11 @@ def known_fields(raw: Any) -> Any:
     """A request's body without what is ignored. ApiError 400 for what would change the answer and is not to be had."""
     if not isinstance(raw, dict):
         return raw
-    for name, why in _REFUSED.items():
-        if raw.get(name):
-            raise ApiError(400, f"{name}: {why}", param=name, code=_CODES.get(name))
-    body = {k: v for k, v in raw.items() if k not in IGNORED and k not in _REFUSED}
+    try:
+        body = without_foreign(raw, IGNORED, _REFUSED)
+    except ApiError as e:
+        e.code = _CODES.get(e.param or "", e.code)
+        raise
     for name, ignored in _IGNORED_INSIDE.items():
         body |= {name: _without(body[name], ignored)} if name in body else {}
     if (format := body.pop("output_format", None)) is not None:  # as it was called before it had a place

@@ -57,7 +57,7 @@ def _budget(service: Service, request: ChatRequest, limit: int | None, formats: 
     budget = request.thinking_token_budget
     if budget is None or budget < 0:
         return None
-    if not service.ends_reasoning(formats):
+    if formats.reasoning is None or formats.reasoning.ids(service.engine.tokenizer) is None:
         name = formats.reasoning.name if formats.reasoning else "none"
         raise ValueError(f"thinking_token_budget: the model's reasoning (reasoning_parser: {name}) is not between two tokens of its own")
     return None if limit is not None and budget >= limit else budget

@@ -7,6 +7,7 @@ the engine nor HTTP. Field names and meanings: OpenAI's API reference, plus vLLM
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -79,6 +80,17 @@ UNSUPPORTED = {
 }
 # Fields of an assistant's message as it was answered, by us or by what stands between us and the client, that say nothing new when it comes back.
 _ANSWERED = ("refusal", "annotations", "parsed", "provider_specific_fields", "reasoning_details", "thinking_blocks")
+
+
+def without_foreign(raw: Any, ignored: Collection[str], refused: Mapping[str, str]) -> Any:
+    """A body without fields that other servers know and we do not: the ignored ones, and the refused ones where they say nothing. ApiError 400 where
+    they say something, with what `refused` has to tell of them."""
+    if not isinstance(raw, dict):
+        return raw
+    for field, why in refused.items():
+        if raw.get(field):
+            _refuse(field, why)
+    return {k: v for k, v in raw.items() if k not in ignored and k not in refused}
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
@@ -229,18 +241,13 @@ class Sampling(Truncation):
     @model_validator(mode="before")
     @classmethod
     def _known_foreign_fields(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        for field, why in UNSUPPORTED.items():
-            if raw.get(field) not in (None, "", []):
-                _refuse(field, why)
-        return {k: v for k, v in raw.items() if k not in IGNORED and k not in UNSUPPORTED}
+        return without_foreign(raw, IGNORED, UNSUPPORTED)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         shown = super().__get_pydantic_json_schema__(core, handler)
         foreign: dict[str, Any] = {field: {"description": "accepted and ignored"} for field in IGNORED}
-        foreign |= {field: {"enum": [None, "", []], "description": why} for field, why in UNSUPPORTED.items()}
+        foreign |= {field: {"enum": [None, False, 0, "", [], {}], "description": why} for field, why in UNSUPPORTED.items()}
         schema = handler.resolve_ref_schema(shown)
         schema["properties"] = {**foreign, **schema["properties"]}
         return shown

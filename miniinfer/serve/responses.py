@@ -22,7 +22,19 @@ from miniinfer.engine.output import validate
 from miniinfer.serve.answers import encode
 from miniinfer.serve.fleet import Fleet
 from miniinfer.serve.openai import chat_answer
-from miniinfer.serve.protocol import ApiError, CacheRetention, ChatRequest, Effort, Stop, Strict, TemplateVariables, TokenIds, between, checked
+from miniinfer.serve.protocol import (
+    ApiError,
+    CacheRetention,
+    ChatRequest,
+    Effort,
+    Stop,
+    Strict,
+    TemplateVariables,
+    TokenIds,
+    between,
+    checked,
+    without_foreign,
+)
 from miniinfer.serve.response_items import ResponseAnswer, ResponseShape, messages_of
 from miniinfer.serve.response_store import Events, Store, Stored
 from miniinfer.serve.response_tools import ResponseTool, ToolChoice, for_chat
@@ -69,26 +81,25 @@ class InputMessage(Item):
     _text = field_validator("content", mode="before")(_join)
 
 
-class CallItem(Item):
+class _Called(Item):
+    call_id: str
+    name: str
+    namespace: str | None = None
+    caller: dict[str, Any] | None = None
+
+
+class CallItem(_Called):
     """A function call that the model made."""
 
     type: Literal["function_call"]
-    call_id: str
-    name: str
     arguments: str
-    namespace: str | None = None
-    caller: dict[str, Any] | None = None
 
 
-class CustomCallItem(Item):
+class CustomCallItem(_Called):
     """A call of a custom tool that the model made."""
 
     type: Literal["custom_tool_call"]
-    call_id: str
-    name: str
     input: str
-    namespace: str | None = None
-    caller: dict[str, Any] | None = None
 
 
 class CallOutput(Item):
@@ -235,12 +246,7 @@ class ResponsesRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _known_foreign_fields(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        for name, why in _REFUSED.items():
-            if raw.get(name):
-                raise ApiError(400, f"{name}: {why}", param=name)
-        return {k: v for k, v in raw.items() if k not in _IGNORED and k not in _REFUSED}
+        return without_foreign(raw, _IGNORED, _REFUSED)
 
     def chat(self, conversation: list[dict[str, Any]]) -> ChatRequest:
         """The same as a chat request with these messages after the instructions."""

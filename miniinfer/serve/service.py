@@ -28,7 +28,6 @@ from miniinfer.serve.metrics import Metrics, Timer
 from miniinfer.serve.parsers import Formats, choose
 from miniinfer.serve.protocol import ApiError, Truncation
 from miniinfer.serve.templates import TemplateProcess
-from miniinfer.serve.tools_grammar import can_be_limited
 from miniinfer.utils import get_logger
 
 log = get_logger(__name__)
@@ -94,11 +93,6 @@ class Service:
         tokenizer, config = self.engine.tokenizer, self.config
         templates = chat_template or ("".join(template.text for template in tokenizer.chat_templates.values()) if tokenizer else "")
         return choose(config.tool_call_parser, config.reasoning_parser, templates, str(self.engine.info.get("family", "")))
-
-    def ends_reasoning(self, formats: Formats) -> bool:
-        """Can the model's reasoning be ended after so many tokens."""
-        tokenizer = self.engine.tokenizer
-        return tokenizer is not None and can_be_limited(formats.reasoning, tokenizer.added_tokens.values())
 
     async def chat_prompt(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from miniinfer.data import StructuredOutputsParams
@@ -75,13 +75,13 @@ def constraint(
     budget: int | None = None,
 ) -> StructuredOutputsParams | None:
     """What an answer must look like; None if it may be anything. `wanted` is what the request itself asks for, `tools` those that the model is shown,
-    `choice` one that `check_choice` let pass, `prompt` the rendered one, `budget` the most tokens of reasoning, for a format that `can_be_limited`.
+    `choice` one that `check_choice` let pass, `prompt` the rendered one, `budget` the most tokens of reasoning, where its tags are tokens.
 
     "required" and a name make the answer calls and nothing else. Left to choose, the model writes calls or what is wanted; without anything wanted,
     calls to a tool that is `strict` have arguments of its schema, if the format's calls begin with a tag of their own. All this comes after the
     reasoning for which the prompt leaves room. ValueError, naming the field, for what cannot be had."""
     format, reasoning = formats.tools if tools else None, formats.reasoning
-    if reasoning is None or prompt.rstrip().endswith(reasoning.end):
+    if reasoning is None or reasoning.closed_by(prompt):
         budget = None
     form = None if wanted is None else _form(wanted, reasoning)
     if choice not in (None, "auto", "none"):
@@ -110,19 +110,13 @@ def constraint(
     return params("thinking_token_budget", structural_tag={"format": after_reasoning(form, reasoning, prompt, budget)})
 
 
-def can_be_limited(reasoning: ReasoningFormat | None, added_tokens: Collection[str]) -> bool:
-    """Can the end of reasoning be forced: its tags must be tokens of their own, and nothing else may have to follow."""
-    return reasoning is not None and reasoning.name != "harmony" and {reasoning.begin, reasoning.end} <= set(added_tokens)
-
-
 def after_reasoning(form: Form, reasoning: ReasoningFormat | None, prompt: str, budget: int | None = None) -> Form:
     """`form`, with the reasoning before it for which the prompt leaves room: none behind a closed one, and an open one must be ended, after `budget`
     tokens at the latest."""
-    tail = prompt.rstrip()
-    if reasoning is None or tail.endswith(reasoning.end):
+    if reasoning is None or reasoning.closed_by(prompt):
         return form
     layout = {"type": "const_string", "value": "<|start|>assistant"} if reasoning.name == "harmony" else {"type": "regex", "pattern": r"\s{0,4}"}
-    opened = tail.endswith(reasoning.begin)
+    opened = reasoning.opened_by(prompt)
     text: Form = {"type": "any_text"} if budget is None else {"type": "any_text", "max_tokens": budget}
     thought = _tag("" if opened else reasoning.begin, text, reasoning.end)
     after = {"type": "sequence", "elements": [thought, layout, form]}

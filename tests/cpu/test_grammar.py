@@ -27,7 +27,7 @@ from miniinfer.engine.guidance import Backend
 from miniinfer.engine.text import Tokenizer
 from miniinfer.serve.parsers import Formats
 from miniinfer.serve.parsers.formats import REASONING_FORMATS, TOOL_FORMATS, ReasoningFormat
-from miniinfer.serve.tools_grammar import can_be_limited, constraint
+from miniinfer.serve.tools_grammar import constraint
 
 BUNDLED = Path(grammar.__file__).parents[1] / "assets" / "bundled"
 WORDS = 6144 // 32
@@ -256,12 +256,11 @@ def test_reasoning_ends_within_its_budget(backend: Backend, tokenizer: Tokenizer
     assert said(answer, "x" + BEGIN + CLOSE, 3) in ("yes", "free")  # the prompt has ended it
 
 
-def test_reasoning_that_cannot_be_limited() -> None:
+def test_reasoning_that_cannot_be_limited(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="thinking_token_budget: structured_outputs with a grammar says itself"):
         constraint(want(grammar='start: "x"'), [], None, True, Formats(None, LIMITED), "x", 3)
-    think, harmony = REASONING_FORMATS["think"], REASONING_FORMATS["harmony"]
-    assert can_be_limited(think, ["a", "<think>", "</think>"]) and not can_be_limited(think, ["<think>"]) and not can_be_limited(None, [])
-    assert not can_be_limited(harmony, [harmony.begin, harmony.end])
+    assert LIMITED.ids(tokenizer) is not None and LIMITED.ids(None) is None
+    assert all(f.ids(tokenizer) is None for f in (REASONING_FORMATS["think"], REASONING_FORMATS["harmony"], ReasoningFormat("", BEGIN, "</x>")))
 
 
 def test_a_model_stops_thinking(llm: LLM) -> None:

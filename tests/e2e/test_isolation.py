@@ -1,4 +1,4 @@
-"""Nothing harms the neighbours, with the bundled model behind the real server: deaths of the engine process."""
+"""Nothing harms the neighbours, with the bundled model behind the real server: deaths of the engine process, and attackers."""
 
 from __future__ import annotations
 

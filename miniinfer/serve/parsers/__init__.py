@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from miniinfer.serve.parsers.arguments import arguments_so_far, whole_arguments
@@ -55,8 +56,10 @@ class Formats:
         return _Chain(ReasoningParser(self.reasoning, self.reasoning.opened_by(prompt)), calls)
 
 
+@lru_cache(maxsize=64)
 def choose(tool_parser: str, reasoning_parser: str, template: str, family: str) -> Formats:
-    """The formats that two options name; "auto" goes by the chat template's text and the family. ConfigError for a name that is none."""
+    """The formats that two options name; "auto" goes by the chat template's text and the family. ConfigError for a name that is none. Asked for every
+    conversation, but seldom for another template."""
     return Formats(tool_format(tool_parser, template, family), reasoning_format(reasoning_parser, template))
 
 

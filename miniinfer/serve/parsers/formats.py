@@ -6,9 +6,12 @@ Owns facts only: data without side effects, importable from anywhere in serve/. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from miniinfer.config import ConfigError
+
+if TYPE_CHECKING:
+    from miniinfer.engine.text import Tokenizer
 
 Arguments = Literal["json", "qwen_xml", "glm_xml", "python"]
 
@@ -135,6 +138,15 @@ class ReasoningFormat:
     def opened_by(self, prompt: str) -> bool:
         """Does a rendered prompt end within reasoning, so that the answer begins there."""
         return prompt.rstrip().endswith(self.begin)
+
+    def closed_by(self, prompt: str) -> bool:
+        """Does a rendered prompt end with reasoning that is over, so that the answer has none."""
+        return prompt.rstrip().endswith(self.end)
+
+    def ids(self, tokenizer: Tokenizer | None) -> tuple[int, int] | None:
+        """The tags as tokens; None where they are written in several, or there is no tokenizer."""
+        begin, end = (tokenizer.token_id(self.begin), tokenizer.token_id(self.end)) if tokenizer else (None, None)
+        return None if begin is None or end is None else (begin, end)
 
 
 REASONING_FORMATS: dict[str, ReasoningFormat] = {
