@@ -6,6 +6,7 @@ is decided by a step's size alone, captured or not, so that whether a step is re
 
 from __future__ import annotations
 
+import gc
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -100,12 +101,19 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would wait for the device and empty the allocator's cache first. "thread_local": other threads (a tokenizer, a data
         # loader) may go on calling CUDA meanwhile.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                output = self.step(shape)
-            finally:
-                graph.capture_end()
+        # A garbage collection in between might free another engine's graphs, which ends the capture with an error.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    output = self.step(shape)
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         self._pool = self._pool or graph.pool()
         self.captured[shape] = (graph, output)
         log.debug("captured %s in %.0f ms", shape, 1e3 * (time.perf_counter() - begin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from harness import HYBRID, MOE, SHAPE, VOCAB, Wanted, make_core, run
 from miniinfer.config import ConfigError
 from miniinfer.data import SamplingParams
 from miniinfer.engine import graphs
-from miniinfer.engine.graphs import DRAW, HIDDEN
+from miniinfer.engine.graphs import DRAW, HIDDEN, Graphs, Shape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -110,3 +111,30 @@ def test_the_same_run_repeats_bitwise(tmp_path: Path):
 def test_too_little_memory_is_one_clear_error(tmp_path: Path):
     with pytest.raises(ConfigError, match="gpu_memory_utilization"):
         make_core(tmp_path, **{**BASE, "num_pages": None, "gpu_memory_utilization": 1e-4})
+
+
+def test_a_garbage_collection_never_ends_a_capture() -> None:
+    """Graphs that only a cycle still holds, as those of an engine that is gone, are freed by the collector whenever it comes."""
+
+    def step(shape: Shape) -> torch.Tensor:
+        for _ in range(3000):  # containers that live: enough for collections of every generation
+            kept.append([])
+        return number * 2
+
+    kept: list[list[int]] = []
+    number = torch.ones(1, device="cuda")
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(100, 1, 1)
+    try:
+        for _ in range(3):
+            gone = Graphs(lambda shape: number * 2, 8, 0, 64, True)
+            gone.run(Shape(1, 1, 1, 64, DRAW))
+            cycle: list[object] = [gone]
+            cycle.append(cycle)
+            del gone, cycle
+            graphs_now = Graphs(step, 8, 0, 64, True)
+            graphs_now.run(Shape(1, 1, 1, 64, DRAW))
+            assert graphs_now.run(Shape(1, 1, 1, 64, DRAW)).item() == 2 and gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)

@@ -221,7 +221,7 @@ def tile_for(tokens: int, rows: int, inputs: int, programs: int) -> Tile:
     On an H200 within 3 % of the best of some 11 to 30 launches in 64 of 68 cases, weights of 0.6B to 14B models at 8 to 128 tokens, one after
     the other. (The worst: 21 %, 5120 x 17408 at 8 tokens, which is faster with half the ring.) Between other kernels of a layer, which a
     program of more warps delays, fewer groups are better than that by 1 to 4 %, hence the hundredth for each."""
-    least = max(8, 1 << (tokens - 1).bit_length())
+    least = min(128, max(8, 1 << (tokens - 1).bit_length()))
 
     def time(candidate: Tile) -> float:
         tiles = -(-rows // (64 * candidate.groups)) * -(-tokens // candidate.tokens)
