@@ -40,7 +40,7 @@ def no_linear() -> None:
     """cuBLAS for every linear layer, silu_mul behind it."""
     from miniinfer.kernels import triton
 
-    triton.pack_linear = triton.pack_gated = None  # type: ignore[assignment]
+    triton.pack_linear = triton.pack_gated = triton.pack_into_norm = None  # type: ignore[assignment]
 
 
 def no_epilogue() -> None:
@@ -48,6 +48,13 @@ def no_epilogue() -> None:
     from miniinfer.kernels import triton
 
     triton.pack_gated = None  # type: ignore[assignment]
+
+
+def no_folded_norm() -> None:
+    """Every norm a kernel of its own."""
+    from miniinfer.kernels import triton
+
+    triton.pack_into_norm = None  # type: ignore[assignment]
 
 
 def no_decode_attention() -> None:
@@ -79,6 +86,7 @@ OFF: dict[str, Callable[[], None]] = {
     "pdl": no_pdl,
     "linear": no_linear,
     "epilogue": no_epilogue,
+    "folded-norm": no_folded_norm,
     "decode-attention": no_decode_attention,
     "prefill-attention": no_prefill_attention,
     "experts": no_experts,

@@ -1,13 +1,14 @@
 """What structured output costs: how long grammars compile, how long a step's masks take, and whether what grammars accept is valid.
 
 python tools/grammar.py [--schemas 2000]      over hand-written and generated JSON schemas (tests/schemas.py), with the bundled vocabulary and
-                                              one of 150,000 made-up words
+                                              one of 150,000 made-up words, or a public one: --vocabulary FILE.tiktoken
 python tools/grammar.py --model FOLDER        throughput with a JSON schema beside free generation, 64 requests at once, dummy weights
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import random
 import statistics
@@ -31,18 +32,41 @@ from miniinfer.models.hub import BUNDLED  # noqa: E402
 
 LONGEST = 400  # tokens of a random walk through a schema; beyond CLOSING it takes the way out where there is one
 CLOSING = 40
+SPACE = "\u0120"  # as byte-level vocabularies spell it
 
 
 def many_words(folder: Path, size: int) -> Path:
-    """A tokenizer with so many words as code and prose have: with and without blanks, quotes and digits around them."""
+    """A tokenizer with so many words as code and prose have; quotes in one of a hundred, as in the vocabularies of GPT-4 and GPT-4o."""
     rng = random.Random(0)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<eos>": 0, **{character: i + 1 for i, character in enumerate(alphabet)}}
-    while len(vocabulary) < size:
-        word = "".join(rng.choice("etaoinshrdlucmfwypvbgk") for _ in range(rng.randrange(2, 9)))
-        word = rng.choice(["", "\u0120", "\u0120", '"']) + word + rng.choice(["", "", "", '"', '":', "\u0120", "12"])
-        vocabulary.setdefault(word, len(vocabulary))
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    words = dict.fromkeys(alphabet())
+    while len(words) < size - 1:
+        word = rng.choice(["", SPACE, SPACE]) + "".join(rng.choice("etaoinshrdlucmfwypvbgk") for _ in range(rng.randrange(2, 12)))
+        words[rng.choice([word + '"', '"' + word, word + '":', word + '",']) if rng.random() < 0.01 else word + rng.choice(["", "", "", SPACE])] = (
+            None
+        )
+    return write_tokenizer(folder, list(words))
+
+
+def public_words(folder: Path, file: Path) -> Path:
+    """The words of a vocabulary in tiktoken's format (base64, rank), without its rules of merging, which no mask asks for."""
+    spelled = dict(zip(range(256), byte_letters(), strict=True))
+    tokens = [base64.b64decode(line.split()[0]) for line in file.read_text().splitlines()]
+    return write_tokenizer(folder, list(dict.fromkeys([*alphabet(), *("".join(spelled[byte] for byte in token) for token in tokens)])))
+
+
+def alphabet() -> list[str]:
+    return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in a byte-level vocabulary: the byte's own where it prints, else the next ones from 256 on."""
+    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in prints else next(others)) for byte in range(256)]
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> Path:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({word: i + 1 for i, word in enumerate(words)} | {"<eos>": 0}, []))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["<eos>"])
@@ -79,12 +103,17 @@ def _text(backend: Backend, token: int) -> bytes:
     return bytes(backend._tokenizer.token_bytes(token))
 
 
-def costs(count: int) -> None:
+def vocabulary(folder: Path, file: Path | None, size: int) -> Path:
+    return public_words(folder, file) if file is not None else many_words(folder, size)
+
+
+def costs(count: int, file: Path | None) -> None:
     """Prints percentiles, and how many outputs jsonschema finds valid."""
     import jsonschema
 
     with tempfile.TemporaryDirectory() as temporary:
-        for name, folder, size, eos in (("bundled", BUNDLED, 6144, 2), ("150k", many_words(Path(temporary), 150_000), 150_016, 0)):
+        large = vocabulary(Path(temporary), file, 150_000)
+        for name, folder, size, eos in (("bundled", BUNDLED, 6144, 2), (file.stem if file else "150k", large, 200_064 if file else 150_016, 0)):
             backend, masks, compiles, valid, cut = Backend(folder, size, [eos]), list[float](), list[float](), 0, 0
             schemas = [*WRITTEN, *map(generated, range(count))]
             for seed, schema in enumerate(schemas):
@@ -101,11 +130,11 @@ def costs(count: int) -> None:
                 print(f"  {what}: p50 {1e6 * p50:,.0f} us, p99 {1e6 * p99:,.0f} us, most {1e6 * max(values):,.0f} us", flush=True)
 
 
-def throughput(model: str, rounds: int) -> None:
+def throughput(model: str, rounds: int, file: Path | None) -> None:
     """Prints tokens per second with and without a schema, in turn, medians. The vocabulary is of 150,000 words where the model's is as large."""
     config = json.loads((Path(model) / "config.json").read_text()) | {"eos_token_id": 0, "bos_token_id": None}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = many_words(Path(temporary), min(150_000, config["vocab_size"] - 16))
+        folder = vocabulary(Path(temporary), file, min(150_000, config["vocab_size"] - 16))
         (folder / "config.json").write_text(json.dumps(config))
         rates = _rates(temporary, rounds)
     free, bound = (statistics.median(part) for part in zip(*rates, strict=True))
@@ -144,9 +173,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemas", type=int, default=2000, help="generated schemas (2000)")
     parser.add_argument("--model", help="measure throughput of this model's shape instead")
+    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="words in tiktoken's format instead of made-up ones")
     parser.add_argument("--rounds", type=int, default=3, help="of throughput (3)")
     asked = parser.parse_args()
     if asked.model:
-        throughput(asked.model, asked.rounds)
+        throughput(asked.model, asked.rounds, asked.vocabulary)
     else:
-        costs(asked.schemas)
+        costs(asked.schemas, asked.vocabulary)

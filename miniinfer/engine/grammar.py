@@ -226,11 +226,12 @@ class Grammars:
 def _hold_back(mask: np.ndarray, ids: tuple[int, ...]) -> None:
     """Takes these out, unless nothing else would be left: an output that is complete has to end."""
     words = mask.view(np.uint32)
-    before = words.copy()
+    before = {id // 32: words[id // 32] for id in ids if words[id // 32] >> np.uint32(id % 32) & 1}
     for id in ids:
         words[id // 32] &= ~np.uint32(1 << id % 32)
-    if not words.any():
-        words[:] = before
+    if before and not words.any():
+        for at, word in before.items():
+            words[at] = word
 
 
 def _threads() -> ThreadPoolExecutor:

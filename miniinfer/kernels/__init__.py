@@ -40,6 +40,7 @@ class Ops:
     copy_pages: Callable[..., Any]
     pack_linear: Callable[..., Any] | None  # (weight [N, K], bias) -> (x -> y), called once per linear layer at load; None = F.linear
     pack_gated: Callable[..., Any] | None  # (weight [2 I, K], bias) -> (x -> silu_mul of the product), likewise; None = linear, then silu_mul
+    pack_into_norm: Callable[..., Any] | None  # (weight, bias, norm, eps, weight of the product behind) -> ((x, residual) -> (normed, sum))
 
     @staticmethod
     def overlay(name: str, *modules: ModuleType) -> Ops:

@@ -32,7 +32,7 @@ class Attention(Layer):
         self.k_norm = RMSNorm(f"{name}.k_norm", config.head_dim, config.norm_eps, place) if qk_norm else None
 
     def forward(self, x: Tensor, batch: Batch, cos_sin: Tensor) -> Tensor:
-        """[T, hidden] -> [T, hidden]; cos_sin as layers/rotary.py makes it."""
+        """[T, hidden] -> the heads' values [T, heads * head_dim], which `o` takes; cos_sin as layers/rotary.py makes it."""
         ops, scale = batch.ops, self.head_dim**-0.5
         q_weight = self.q_norm.weight if self.q_norm else None
         k_weight = self.k_norm.weight if self.k_norm else None
@@ -46,4 +46,4 @@ class Attention(Layer):
             out = ops.paged_attention(
                 q, k, v, view.page_table, batch.rows, batch.query_start, batch.lengths, scale, self.window, batch.max_query, batch.max_length
             )
-        return self.o(out.flatten(1))
+        return out.flatten(1)

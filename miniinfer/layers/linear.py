@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miniinfer.kernels import Ops
 from miniinfer.layers.layout import Layer, Layout, Part, Place
+from miniinfer.layers.norm import RMSNorm
 
 Packer = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 
@@ -28,10 +31,15 @@ class Linear(Layer):
         else:
             self.bias = None
         self._packed: Callable[[Tensor], Tensor] | None = None
+        self._into: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
         return self._packed(x) if self._packed is not None else F.linear(x, self.weight, self.bias)
+
+    def into(self, norm: RMSNorm, x: Tensor, residual: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """(norm(residual + self(x)), residual + self(x)): what stands between two products. The first may only be handed to the next."""
+        return self._into(x, residual) if self._into is not None else norm(self(x), residual, ops)
 
     def pack(self, pack_linear: Packer) -> None:
         """Computes with `pack_linear(weight, bias) -> (x -> y)` from now on. For serving: no gradient passes.
@@ -40,9 +48,14 @@ class Linear(Layer):
         into the parameter take effect."""
         self._packed = pack_linear(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
+    def pack_into(self, norm: RMSNorm, after: Linear, pack_into_norm: Callable[..., Any]) -> None:
+        """Computes `into` this norm with `pack_into_norm` from now on, if the product `after` can take what it makes; both have been packed."""
+        bias = None if self.bias is None else self.bias.detach()
+        self._into = pack_into_norm(self.weight.detach(), bias, norm.weight.detach(), norm.eps, after.weight.detach())
+
     def unpack(self) -> None:
-        """Undoes `pack`."""
-        self._packed = None
+        """Undoes `pack` and `pack_into`."""
+        self._packed = self._into = None
 
 
 def _stack(parts: dict[str, int], kind: str) -> tuple[Part, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from miniinfer.kernels import Ops
 from miniinfer.layers.layout import Layer, Layout, Part, Place
 from miniinfer.layers.linear import Linear, Packer
+from miniinfer.layers.norm import RMSNorm
 
 
 class GatedMLP(Layer):
@@ -21,8 +22,9 @@ class GatedMLP(Layer):
 
         self._packed: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        return self.down(self._packed(x) if self._packed is not None else ops.silu_mul(self.gate_up(x)))
+    def into(self, norm: RMSNorm, x: Tensor, residual: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """See Linear.into."""
+        return self.down.into(norm, self._packed(x) if self._packed is not None else ops.silu_mul(self.gate_up(x)), residual, ops)
 
     def pack(self, pack_gated: Packer) -> None:
         """Computes silu(gate) * up with `pack_gated(weight, bias) -> (x -> y)` from now on; see Linear.pack."""
@@ -58,6 +60,10 @@ class SparseMLP(Layer):
         stacked13, stacked2 = ((Part(f"{name}.experts.{part}", 0, experts),) for part in ("gate_up_proj", "down_proj"))
         self.declare("w13", (experts, 2 * inner, hidden), Layout(tuple(w13), 0, alternatives=(stacked13,)), place)
         self.declare("w2", (experts, hidden, inner), Layout(tuple(w2), 1, alternatives=(stacked2,)), place)
+
+    def into(self, norm: RMSNorm, x: Tensor, residual: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """See Linear.into."""
+        return norm(self(x, ops), residual, ops)
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         return ops.moe(x, self.router(x), self.w13, self.w2, self.top_k, self.renormalize)

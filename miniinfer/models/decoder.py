@@ -6,6 +6,7 @@ Owns the forward pass and the head. Knows nothing of requests, files or devices 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -30,12 +31,11 @@ class Block(Layer):
         self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps, place)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(this block's last addend, the sum before it), each [T, hidden]."""
-        x, residual = self.input_norm(x, residual, batch.ops)
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cos_sin: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """From (the normed sum so far, the sum), each [T, hidden], to the same behind this block, normed by `norm`: the next block's, or the last."""
         x = self.attention(x, batch, cos_sin)
-        x, residual = self.mlp_norm(x, residual, batch.ops)
-        return self.mlp(x, batch.ops), residual
+        x, residual = self.attention.o.into(self.mlp_norm, x, residual, batch.ops)
+        return self.mlp.into(norm, x, residual, batch.ops)
 
 
 MakeBlock = Callable[[str, ModelConfig, int, Place], Block]  # (checkpoint name, config, layer index, place)
@@ -67,22 +67,34 @@ class Decoder(Layer):
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [T, hidden] after the final norm, in the parameters' dtype. Without caches this is differentiable (reference ops)."""
-        x, residual = self.embed(batch.ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch, self.cos_sin)
-        return self.norm(x, residual, batch.ops)[0]
+        blocks = self._blocks()
+        x, residual = blocks[0].input_norm(self.embed(batch.ids), None, batch.ops)
+        for block, norm in zip(blocks, [*(b.input_norm for b in blocks[1:]), self.norm], strict=True):
+            x, residual = block(x, residual, batch, self.cos_sin, norm)
+        return x
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocab] in the parameters' dtype; sampling, log-probabilities and losses compute in fp32 from there."""
         return self.head(hidden)
 
-    def pack(self, pack_linear: Packer, pack_gated: Packer | None = None) -> None:
-        """Packs every linear layer, the head included, and the gated MLPs' products if there is a way. See Linear.pack."""
+    def pack(self, pack_linear: Packer, pack_gated: Packer | None = None, pack_into_norm: Callable[..., Any] | None = None) -> None:
+        """Packs every linear layer, the head included, and if there is a way the gated MLPs' products, and norms between products. See
+        Linear.pack and Linear.pack_into."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(pack_linear)
             elif isinstance(module, GatedMLP) and pack_gated is not None:
                 module.pack(pack_gated)
+        if pack_into_norm is not None:
+            blocks = self._blocks()
+            for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+                if isinstance(block.mlp, GatedMLP):
+                    block.attention.o.pack_into(block.mlp_norm, block.mlp.gate_up, pack_into_norm)
+                    if after is not None:  # the last norm is for others than products, too
+                        block.mlp.down.pack_into(after.input_norm, after.attention.qkv, pack_into_norm)
 
     def unpack(self) -> None:
         """Forgets what packers have made, and with it the memory that they took."""

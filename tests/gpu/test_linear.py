@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -80,8 +81,35 @@ def test_fixed_order(shape: tuple[int, int]) -> None:
         linear.pack_linear_fixed(weight.float(), None)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 32, 64, 128])
-def test_launches_that_overlap_wait_for_each_other(tokens: int) -> None:
+@pytest.mark.parametrize("shape", [(1024, 2048), (1040, 1096), (4096, 520)], ids=str)
+def test_a_norm_between_two_products(shape: tuple[int, int]) -> None:
+    """Folded into them, against fp64 and, for the sum, against the kernels of its own to the bit; from one product to a plain and a gated one."""
+    hidden = shape[0]
+    for bias in (False, True):
+        x, weight, b = case(*shape)
+        b = b if bias else None
+        norm = torch.rand(hidden, device="cuda", dtype=torch.bfloat16) + 0.5
+        after = torch.randn(2048, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5
+        into = linear.pack_into_norm(weight, b, norm, 1e-5, after)
+        plain, gated, product = linear.pack_linear(after, None), linear.pack_gated(after, None), linear.pack_linear(weight, b)
+        assert into is not None
+        for tokens in (*TOKENS, 200):
+            poison()
+            start = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16) * 3
+            residual = start.clone()
+            normed, total = into(x[:tokens], residual)
+            assert total is residual and isinstance(normed, Tensor) == (tokens > linear_hopper.MAX_TOKENS)
+            same(total, (product(x[:tokens]).float() + start.float()).bfloat16(), f"T={tokens} sum")
+            exact = total.double() * torch.rsqrt(total.double().square().mean(-1, keepdim=True) + 1e-5) * norm.double()
+            close(plain(normed), exact @ after.double().T, f"T={tokens} product", torch.bfloat16, bf16=1e-2)
+            close(gated(normed), ref.silu_mul(exact @ after.double().T), f"T={tokens} gated", torch.bfloat16, bf16=1.5e-2)
+    assert linear.pack_into_norm(weight.half(), None, norm, 1e-5, after) is None
+    assert linear.pack_into_norm(weight, None, norm, 1e-5, after.float()) is None
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["norms", "folded"])
+@pytest.mark.parametrize("tokens", [1, 5, 24, 32, 64, 96, 128])
+def test_launches_that_overlap_wait_for_each_other(tokens: int, folded: bool) -> None:
     """Layers in a graph, where a kernel starts before the one ahead of it ends, against the same with a halt after every kernel."""
     from miniinfer.kernels import triton as ops
 
@@ -92,25 +120,29 @@ def test_launches_that_overlap_wait_for_each_other(tokens: int) -> None:
         return torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
 
     norm = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+
+    def into(matrix: Tensor, after: Tensor) -> Callable[[Tensor, Tensor], Any]:
+        product = linear.pack_linear(matrix, None)
+        return linear.pack_into_norm(matrix, None, norm, 1e-6, after) if folded else lambda x, r: ops.add_rms_norm(product(x), r, norm, 1e-6)
+
+    weights = [(weight(hidden, hidden), weight(hidden, hidden), weight(2 * inner, hidden), weight(hidden, inner)) for _ in range(layers)]
     blocks = []
-    for _ in range(layers):
-        attention, down = (linear.pack_linear(weight(hidden, k), None) for k in (hidden, inner))
-        blocks.append((attention, linear.pack_gated(weight(2 * inner, hidden), None), down))
+    for (mix, o, gate_up, down), (after, *_) in zip(weights, [*weights[1:], weights[0]], strict=True):
+        blocks.append((linear.pack_linear(mix, None), into(o, gate_up), linear.pack_gated(gate_up, None), into(down, after)))
+    last = linear.pack_linear(weights[0][0], None)
 
     def step(x: Tensor, halt: Callable[[], None]) -> Tensor:
         residual = x.clone()
-        for attention, gate_up, down in blocks:
-            x, residual = ops.add_rms_norm(x, residual, norm, 1e-6)
+        for mix, attention, gate_up, down in blocks:
+            x = mix(x)
             halt()
-            x = attention(x)
-            halt()
-            x, residual = ops.add_rms_norm(x, residual, norm, 1e-6)
+            x, residual = attention(x, residual)
             halt()
             x = gate_up(x)
             halt()
-            x = down(x)
+            x, residual = down(x, residual)
             halt()
-        return torch.cat([x, residual])
+        return torch.cat([last(x), residual])
 
     inputs = torch.randn(4, tokens, hidden, device="cuda", dtype=torch.bfloat16)
     want = [step(x, torch.cuda.synchronize) for x in inputs]

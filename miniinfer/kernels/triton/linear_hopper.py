@@ -21,7 +21,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniinfer.kernels.triton import pdl
 from miniinfer.kernels.triton.matmul_hopper import multiprocessors
+from miniinfer.kernels.triton.unscaled import Unscaled
 
+ROWS = 64  # of a weight, that a group of four warps takes
 MAX_TOKENS = 128  # above it tiles of many tokens are faster
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
@@ -43,40 +45,55 @@ def copy_weights(desc, boxes, bar, stage, tile, block, GROUPS: gl.constexpr, BLO
 
 
 @gluon.jit
-def copy_tokens(desc, boxes, bar, stage, first, block, BLOCK_K: gl.constexpr):
+def copy_tokens(desc, boxes, bar, stage, first, parts, block, BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr):
+    """The tokens' first `parts` boxes of rows: copies of rows that do not exist take longer than of those that do."""
     BOXES: gl.constexpr = BLOCK_K // WIDTH
+    PARTS: gl.constexpr = BLOCK_T // BOX_T
     for i in gl.static_range(BOXES):
-        tma.async_copy_global_to_shared(desc, [first, block * BLOCK_K + i * WIDTH], bar, boxes.index(stage * BOXES + i))
+        for part in gl.static_range(PARTS):
+            box = boxes.index((stage * BOXES + i) * PARTS + part)
+            tma.async_copy_global_to_shared(desc, [first + part * BOX_T, block * BLOCK_K + i * WIDTH], bar, box, pred=part < parts)
+
+
+@gluon.jit
+def expect(bar, parts, GROUPS: gl.constexpr, BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr):
+    """A stage's bytes: its weights and as many boxes of tokens."""
+    for part in gl.static_range(BLOCK_T // BOX_T):
+        mbarrier.expect(bar, (GROUPS * 64 + (part + 1) * BOX_T) * BLOCK_K * 2, pred=parts == part + 1)
 
 
 @gluon.jit
 def copy(
-    args,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
+    args, BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp. Units are the tiles' blocks, one after the other; the first that the ring holds get their weights before `begin`."""
-    w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns = args
-    BYTES: gl.constexpr = (GROUPS * 64 + BLOCK_T) * BLOCK_K * 2
+    w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns, tokens = args
     first = begin * blocks
     last = end * blocks
     ahead = gl.minimum(last - first, STAGES)
     for i in range(ahead):
         unit = first + i
-        mbarrier.expect(ready.index(i), BYTES)
+        token = unit // blocks % columns * BLOCK_T
+        expect(ready.index(i), gl.cdiv(gl.minimum(tokens - token, BLOCK_T), BOX_T), GROUPS, BLOCK_T, BOX_T, BLOCK_K)
         copy_weights(w_desc, w_boxes, ready.index(i), i, unit // blocks // columns, unit % blocks, GROUPS, BLOCK_K, GATED)
     pdl.begin(PDL)
     for i in range(ahead):
         unit = first + i
-        copy_tokens(x_desc, x_boxes, ready.index(i), i, unit // blocks % columns * BLOCK_T, unit % blocks, BLOCK_K)
+        token = unit // blocks % columns * BLOCK_T
+        parts = gl.cdiv(gl.minimum(tokens - token, BLOCK_T), BOX_T)
+        copy_tokens(x_desc, x_boxes, ready.index(i), i, token, parts, unit % blocks, BLOCK_T, BOX_T, BLOCK_K)
     tile = (first + ahead) // blocks
     block = (first + ahead) % blocks
     stage = 0
     phase = 0
     for _ in range(first + ahead, last):
+        token = tile % columns * BLOCK_T
+        parts = gl.cdiv(gl.minimum(tokens - token, BLOCK_T), BOX_T)
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(ready.index(stage), BYTES)
+        expect(ready.index(stage), parts, GROUPS, BLOCK_T, BOX_T, BLOCK_K)
         copy_weights(w_desc, w_boxes, ready.index(stage), stage, tile // columns, block, GROUPS, BLOCK_K, GATED)
-        copy_tokens(x_desc, x_boxes, ready.index(stage), stage, tile % columns * BLOCK_T, block, BLOCK_K)
+        copy_tokens(x_desc, x_boxes, ready.index(stage), stage, token, parts, block, BLOCK_T, BOX_T, BLOCK_K)
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -88,9 +105,24 @@ def copy(
 
 
 @gluon.jit
-def multiply(GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr):
-    """Four warps: 64 weight rows of every tile. They write what depends on the kernel ahead only after tokens have come, so after `begin`."""
-    bias, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n = args
+def norm_scale(squares, first, tokens, parts, size, eps, BLOCK_T: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):
+    """1 / rms of BLOCK_T tokens, from `parts` sums of squares of each, in the columns of `layout`."""
+    ACROSS: gl.constexpr = min(32, PARTS // 4)
+    load: gl.constexpr = gl.BlockedLayout([1, 4], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    token = first + gl.arange(0, BLOCK_T, gl.SliceLayout(1, load))
+    part = gl.arange(0, PARTS, gl.SliceLayout(0, load))
+    mask = (token < tokens)[:, None] & (part < parts)[None, :]
+    sums = gl.sum(gl.load(squares + token[:, None] * parts + part[None, :], mask=mask, other=0.0), 1)
+    return gl.convert_layout(gl.rsqrt(sums / size + eps), gl.SliceLayout(0, layout))
+
+
+@gluon.jit
+def multiply(
+    GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Four warps: 64 weight rows of every tile. They read and write what depends on the kernel ahead only after tokens have come, so after
+    `begin`."""
+    bias, residual, norm, squares, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n, parts, size, eps = args
     ROWS: gl.constexpr = 32 if GATED else 64  # of the result
     VECTOR: gl.constexpr = min(8, ROWS * BLOCK_T // 128)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
@@ -104,6 +136,16 @@ def multiply(GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.conste
     phase = 0
     for tile in range(begin, end):
         acc = gl.zeros([64, BLOCK_T], gl.float32, layout)
+        first = (tile // columns * GROUPS + GROUP) * ROWS
+        token = tile % columns * BLOCK_T + cols
+        at = gl.cast(token, gl.int64)[None, :] * size_n + (first + rows)[:, None]
+        mask = (first + rows < size_n)[:, None] & (token < tokens)[None, :]
+        if squares is not None:
+            mbarrier.wait(ready.index(stage), phase)
+            if residual is not None:
+                addend = gl.load(residual + at, mask=mask, other=0.0)
+            else:
+                scale = norm_scale(squares, tile % columns * BLOCK_T, tokens, parts, size, eps, BLOCK_T, PARTS, layout)
         for block in range(blocks):
             mbarrier.wait(ready.index(stage), phase)
             acc = warpgroup_mma(w_smem.index(stage * GROUPS + GROUP), x_smem.index(stage).permute((1, 0)), acc, is_async=True)
@@ -117,7 +159,8 @@ def multiply(GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.conste
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before), count=1)
 
-        first = (tile // columns * GROUPS + GROUP) * ROWS
+        if squares is not None and residual is None:
+            acc = acc * scale[None, :]
         if GATED:  # eight rows of gates, then the eight that they gate, which lie in the same threads
             if bias is not None:
                 at = first + acc_rows // 16 * 8 + acc_rows % 8
@@ -130,21 +173,30 @@ def multiply(GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.conste
             if bias is not None:
                 acc += gl.load(bias + first + acc_rows, mask=first + acc_rows < size_n, other=0.0).to(gl.float32)[:, None]
             result = gl.convert_layout(acc.to(dtype), store_layout)
-        token = tile % columns * BLOCK_T + cols
-        at = gl.cast(token, gl.int64)[None, :] * size_n + (first + rows)[:, None]
-        gl.store(out + at, result, mask=(first + rows < size_n)[:, None] & (token < tokens)[None, :])
+        if residual is not None:
+            result = (result.to(gl.float32) + addend.to(gl.float32)).to(dtype)
+            gl.store(residual + at, result, mask=mask)
+            value = result.to(gl.float32)
+            part = tile // columns * GROUPS + GROUP
+            gl.store(squares + token * parts + part, gl.sum(value * value, 0), mask=(token < tokens) & (part < parts))
+            result = (value * gl.load(norm + first + rows, mask=first + rows < size_n, other=0.0).to(gl.float32)[:, None]).to(dtype)
+        gl.store(out + at, result, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["tokens", "blocks", "columns", "tiles"])
+@gluon.jit(do_not_specialize=["tokens", "blocks", "columns", "tiles", "parts", "size", "eps"])
 def linear_hopper_kernel(
-    w_desc, x_desc, bias, out, tokens, size_n, blocks, columns, tiles,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
-    REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    w_desc, x_desc, bias, residual, norm, squares, out, tokens, size_n, blocks, columns, tiles, parts, size, eps,
+    BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
+    REGISTERS: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs over tiles of 64 * GROUPS weight rows and BLOCK_T tokens, numbered by rows, then by their `columns` of tokens.
 
     w_desc: the weight [N, K] in boxes [64, WIDTH], or GATED: [I / 8, 2, 8, K], which is eight gates, eight ups, and so on, in boxes
-    [4, 2, 8, WIDTH]; x_desc: tokens [T, K] in boxes [BLOCK_T, WIDTH], zeros after the last; out: [T, size_n]. `blocks` of BLOCK_K inputs."""
+    [4, 2, 8, WIDTH]; x_desc: tokens [T, K] in boxes [BOX_T, WIDTH]; out: [T, size_n]. What stands in a tile
+    behind the last token is anything, and is not written. `blocks` of BLOCK_K inputs.
+
+    squares, without a residual: sums of squares [T, parts] of tokens of `size` numbers; the result is divided by their root mean square. With a
+    residual [T, size_n], which the result is added to in place: they are written, a part for every 64 rows, and out is the sum times norm."""
     BOXES: gl.constexpr = STAGES * BLOCK_K // WIDTH
     dtype: gl.constexpr = out.dtype.element_ty
     w_smem = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_K], MATRIX)
@@ -154,7 +206,7 @@ def linear_hopper_kernel(
         w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 4, 2, 8, WIDTH], PAIRS)
     else:
         w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 64, WIDTH], MATRIX)
-    x_boxes = x_smem._reinterpret(dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
+    x_boxes = x_smem._reinterpret(dtype, [BOXES * (BLOCK_T // BOX_T), BOX_T, WIDTH], MATRIX)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for i in gl.static_range(STAGES):
@@ -164,25 +216,25 @@ def linear_hopper_kernel(
 
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    copied = (w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns)
-    multiplied = (bias, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n)
+    copied = (w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns, tokens)
+    multiplied = (bias, residual, norm, squares, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n, parts, size, eps)
     if GROUPS == 1:
         gl.warp_specialize([
-            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
-            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (copy, (copied, BLOCK_T, BOX_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [1], [24])  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize([
-            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
-            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
-            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (copy, (copied, BLOCK_T, BOX_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
-            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
-            (multiply, (2, multiplied, BLOCK_T, STAGES, GROUPS, GATED)),
-            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (multiply, (2, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (copy, (copied, BLOCK_T, BOX_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
@@ -200,6 +252,11 @@ class Tile:
     groups: int
     inputs: int
     stages: int
+
+    @property
+    def box(self) -> int:
+        """Tokens of a copied box: batches that graphs are made for are multiples of it, or smaller than 8."""
+        return max(8, self.tokens // 4)
 
     @property
     def registers(self) -> int:
@@ -240,12 +297,15 @@ def takes(weight: Tensor, gated: bool = False) -> bool:
     return fits and k % 8 == 0 and n % (16 if gated else 1) == 0 and multiprocessors(weight.device) > 0
 
 
-def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[[Tensor], Tensor]:
-    """x [T, K] -> x W^T + b [T, N] for a weight [N, K] that `takes`, read where it lies; 0 < T <= MAX_TOKENS. x is copied
-    unless its rows lie at multiples of 16 bytes. A token's result does not depend on T.
+def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[..., Tensor]:
+    """(x [T, K]) -> x W^T + b [T, N] for a weight [N, K] that `takes`, read where it lies; 0 < T <= MAX_TOKENS. x is copied
+    unless its rows lie at multiples of 16 bytes; it may be Unscaled. A token's result does not depend on T.
 
     gated: the weight's first half are gates, and the result is silu(gate) * up [T, N / 2], rounded like the reference's silu_mul of the
-    product. New values in the weight must be complete before the kernel ahead of this one starts."""
+    product. New values in the weight must be complete before the kernel ahead of this one starts.
+
+    (x, residual [T, N], norm [N], squares [T, ceil(N / 64)] fp32), not gated -> the values of an Unscaled: the product is added to the residual,
+    and the sum's squares are written."""
     n, k = weight.shape
     programs = multiprocessors(weight.device)
     if gated:
@@ -254,20 +314,23 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[[
         size_n, shape, strides, box, layout = n, [n, k], [k, 1], [64, WIDTH.value], MATRIX.value
     w_desc = TensorDescriptor(weight, shape, strides, box, layout)
 
-    def product(x: Tensor) -> Tensor:
+    def product(x: Tensor | Unscaled, residual: Tensor | None = None, norm: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
+        eps = 0.0
+        if isinstance(x, Unscaled):
+            squares, eps, x = x.squares, x.eps, x.values
         if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        tokens = len(x)
+        tokens, parts = len(x), 0 if squares is None else squares.shape[1]
         how = tile_for(tokens, n, k, programs)
         out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
-        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.tokens, WIDTH.value], MATRIX.value)
+        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.box, WIDTH.value], MATRIX.value)
         columns = -(-tokens // how.tokens)
         tiles = -(-n // (64 * how.groups)) * columns
         linear_hopper_kernel[(min(tiles, programs),)](
-            w_desc, x_desc, bias, out, tokens, size_n, -(-k // how.inputs), columns, tiles,
-            BLOCK_T=how.tokens, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
-            REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, num_warps=4, maxnreg=how.registers,
-            **pdl.launch_options(tokens),
+            w_desc, x_desc, bias, residual, norm, squares, out, tokens, size_n, -(-k // how.inputs), columns, tiles, parts, k, eps,
+            BLOCK_T=how.tokens, BOX_T=how.box, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
+            REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, PARTS=max(4, 1 << (parts - 1).bit_length()) if parts else 0,
+            num_warps=4, maxnreg=how.registers, **pdl.launch_options(tokens),
         )  # fmt: skip
         return out
 

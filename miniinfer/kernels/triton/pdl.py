@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-FEW_TOKENS = 128  # in steps of more, programs that wait would take the place of those of the large product (cuBLAS's) before them
+FEW_TOKENS = 512  # in steps of more, programs that wait would take the place of those of the large product (cuBLAS's) before them
 
 
 @triton.jit
