@@ -31,7 +31,7 @@ class Linear(Layer):
         else:
             self.bias = None
         self._packed: Callable[[Tensor], Tensor] | None = None
-        self._into: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self._into: tuple[RMSNorm, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
@@ -39,7 +39,9 @@ class Linear(Layer):
 
     def into(self, norm: RMSNorm, x: Tensor, residual: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
         """(norm(residual + self(x)), residual + self(x)): what stands between two products. The first may only be handed to the next."""
-        return self._into(x, residual) if self._into is not None else norm(self(x), residual, ops)
+        if self._into is not None and self._into[0] is norm:
+            return self._into[1](x, residual)
+        return norm(self(x), residual, ops)
 
     def pack(self, pack_linear: Packer) -> None:
         """Computes with `pack_linear(weight, bias) -> (x -> y)` from now on. For serving: no gradient passes.
@@ -51,7 +53,8 @@ class Linear(Layer):
     def pack_into(self, norm: RMSNorm, after: Linear, pack_into_norm: Callable[..., Any]) -> None:
         """Computes `into` this norm with `pack_into_norm` from now on, if the product `after` can take what it makes; both have been packed."""
         bias = None if self.bias is None else self.bias.detach()
-        self._into = pack_into_norm(self.weight.detach(), bias, norm.weight.detach(), norm.eps, after.weight.detach())
+        packed = pack_into_norm(self.weight.detach(), bias, norm.weight.detach(), norm.eps, after.weight.detach())
+        self._into = (norm, packed) if packed is not None else None
 
     def unpack(self) -> None:
         """Undoes `pack` and `pack_into`."""

@@ -1,7 +1,7 @@
 """Linear layers of few tokens, where the product is a read of the weight: which kernel reads it at the memory's rate.
 
 One token: a program takes rows of the weight whole, in registers, and has the first of them under way before its inputs are there
-(`_rows_kernel`). More: linear_hopper.py, up to its MAX_TOKENS; on other GPUs, and for weights of few rows, tensor-core tiles of weight rows by
+(`_rows_kernel`). More: linear_hopper.py, up to its `most_tokens`; on other GPUs, and for weights of few rows, tensor-core tiles of weight rows by
 tokens up to MAX_TOKENS, with the inputs split over programs where rows are few (`_tile_kernel`). More tokens yet are F.linear's, or
 matmul_hopper.py's where that pays; fp32 and odd shapes F.linear's at any number.
 
@@ -235,11 +235,11 @@ def pack_gated(weight: Tensor, bias: Tensor | None) -> Function:
     if not _readable(weight) or linear_hopper is None or not linear_hopper.takes(weight, gated=True):
         return lambda x: silu_mul(plain(x))
     rows = rows_for(*weight.shape)
-    few = linear_hopper.pack(weight, bias, gated=True)
+    few, most = linear_hopper.pack(weight, bias, gated=True), linear_hopper.most_tokens(weight)
     many = matmul_hopper.pack(weight, bias, gated=True) if bias is None else None
 
     def apply(x: Tensor | Unscaled) -> Tensor:
-        if isinstance(x, Unscaled) or (_by_rows(x, weight) and len(x) <= linear_hopper.MAX_TOKENS):
+        if isinstance(x, Unscaled) or (_by_rows(x, weight) and len(x) <= most):
             return by_rows(x, weight, bias, rows, gated=True) if len(x) == 1 else few(x)
         if many is not None and _by_rows(x, weight) and matmul_hopper.pays(len(x), weight):
             return many(x)
@@ -259,9 +259,10 @@ def pack_into_norm(
         return None
     plain, rows = pack_linear(weight, bias), rows_for(*weight.shape)
     few = linear_hopper.pack(weight, bias)
+    most = min(map(linear_hopper.most_tokens, (weight, after)))
 
     def apply(x: Tensor, residual: Tensor) -> tuple[Tensor | Unscaled, Tensor]:
-        if not _by_rows(x, weight) or len(x) > linear_hopper.MAX_TOKENS:
+        if not _by_rows(x, weight) or len(x) > most:
             return add_rms_norm(plain(x), residual, norm, eps)
         if len(x) == 1:
             return Unscaled(by_rows(x, weight, bias, rows, residual=residual), norm, None, eps), residual
@@ -319,7 +320,7 @@ def _few(weight: Tensor, bias: Tensor | None) -> tuple[Function, int]:
     """The product of few tokens, and how many those are at most."""
     n, k = weight.shape
     if n >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight):
-        return linear_hopper.pack(weight, bias), linear_hopper.MAX_TOKENS
+        return linear_hopper.pack(weight, bias), linear_hopper.most_tokens(weight)
     tiles = tiles_for(n, k)
     counters = torch.zeros(triton.cdiv(n, tiles.block_n), dtype=torch.int32, device=weight.device)
     return lambda x: tiled(x, weight, bias, counters, tiles), MAX_TOKENS

@@ -24,7 +24,8 @@ from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 from miniinfer.kernels.triton.unscaled import Unscaled
 
 ROWS = 64  # of a weight, that a group of four warps takes
-MAX_TOKENS = 128  # above it tiles of many tokens are faster
+MAX_TOKENS = 128  # above it tiles of many tokens are faster, or
+MORE_TOKENS, SMALL = 256, 8 << 20  # above this many for weights of few numbers
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 PAIRS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))
@@ -105,15 +106,20 @@ def copy(
 
 
 @gluon.jit
-def norm_scale(squares, first, tokens, parts, size, eps, BLOCK_T: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):
-    """1 / rms of BLOCK_T tokens, from `parts` sums of squares of each, in the columns of `layout`."""
+def load_squares(squares, first, tokens, parts, BLOCK_T: gl.constexpr, PARTS: gl.constexpr):
+    """The `parts` sums of squares of BLOCK_T tokens."""
     ACROSS: gl.constexpr = min(32, PARTS // 4)
-    load: gl.constexpr = gl.BlockedLayout([1, 4], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
-    token = first + gl.arange(0, BLOCK_T, gl.SliceLayout(1, load))
-    part = gl.arange(0, PARTS, gl.SliceLayout(0, load))
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    token = first + gl.arange(0, BLOCK_T, gl.SliceLayout(1, layout))
+    part = gl.arange(0, PARTS, gl.SliceLayout(0, layout))
     mask = (token < tokens)[:, None] & (part < parts)[None, :]
-    sums = gl.sum(gl.load(squares + token[:, None] * parts + part[None, :], mask=mask, other=0.0), 1)
-    return gl.convert_layout(gl.rsqrt(sums / size + eps), gl.SliceLayout(0, layout))
+    return gl.load(squares + token[:, None] * parts + part[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
+def norm_scale(parts, size, eps, layout: gl.constexpr):
+    """1 / rms of tokens from such parts, in the columns of `layout`."""
+    return gl.convert_layout(gl.rsqrt(gl.sum(parts, 1) / size + eps), gl.SliceLayout(0, layout))
 
 
 @gluon.jit
@@ -124,6 +130,7 @@ def multiply(
     `begin`."""
     bias, residual, norm, squares, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n, parts, size, eps = args
     ROWS: gl.constexpr = 32 if GATED else 64  # of the result
+    LATE: gl.constexpr = BLOCK_T * PARTS <= 128 * 16  # so few numbers of a thread may wait in registers: nothing waits for them
     VECTOR: gl.constexpr = min(8, ROWS * BLOCK_T // 128)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
     store_layout: gl.constexpr = gl.BlockedLayout([VECTOR, 1], [ROWS // 4 // VECTOR, 128 * VECTOR // ROWS], [4, 1], [0, 1])
@@ -145,7 +152,9 @@ def multiply(
             if residual is not None:
                 addend = gl.load(residual + at, mask=mask, other=0.0)
             else:
-                scale = norm_scale(squares, tile % columns * BLOCK_T, tokens, parts, size, eps, BLOCK_T, PARTS, layout)
+                sums = load_squares(squares, tile % columns * BLOCK_T, tokens, parts, BLOCK_T, PARTS)
+                if not LATE:
+                    scale = norm_scale(sums, size, eps, layout)
         for block in range(blocks):
             mbarrier.wait(ready.index(stage), phase)
             acc = warpgroup_mma(w_smem.index(stage * GROUPS + GROUP), x_smem.index(stage).permute((1, 0)), acc, is_async=True)
@@ -160,11 +169,13 @@ def multiply(
         mbarrier.arrive(empty.index(before), count=1)
 
         if squares is not None and residual is None:
+            if LATE:
+                scale = norm_scale(sums, size, eps, layout)
             acc = acc * scale[None, :]
         if GATED:  # eight rows of gates, then the eight that they gate, which lie in the same threads
             if bias is not None:
-                at = first + acc_rows // 16 * 8 + acc_rows % 8
-                acc += gl.load(bias + acc_rows // 8 % 2 * size_n + at, mask=at < size_n, other=0.0).to(gl.float32)[:, None]
+                pair = first + acc_rows // 16 * 8 + acc_rows % 8
+                acc += gl.load(bias + acc_rows // 8 % 2 * size_n + pair, mask=pair < size_n, other=0.0).to(gl.float32)[:, None]
             gate, up = gl.split(gl.permute(gl.reshape(acc.to(dtype), [4, 2, 8, BLOCK_T]), (0, 2, 3, 1)))
             gate = gl.convert_layout(gl.reshape(gate, [ROWS, BLOCK_T]), store_layout).to(gl.float32)
             up = gl.convert_layout(gl.reshape(up, [ROWS, BLOCK_T]), store_layout).to(gl.float32)
@@ -254,11 +265,6 @@ class Tile:
     stages: int
 
     @property
-    def box(self) -> int:
-        """Tokens of a copied box: batches that graphs are made for are multiples of it, or smaller than 8."""
-        return max(8, self.tokens // 4)
-
-    @property
     def registers(self) -> int:
         """A thread's, on average, in a program of `groups` * 4 warps and a copying warp's four (three idle)."""
         return 128 if self.tokens > 64 else (96, 80, 80 if self.tokens > 32 else 64)[self.groups - 1]
@@ -297,8 +303,13 @@ def takes(weight: Tensor, gated: bool = False) -> bool:
     return fits and k % 8 == 0 and n % (16 if gated else 1) == 0 and multiprocessors(weight.device) > 0
 
 
+def most_tokens(weight: Tensor) -> int:
+    """Up to how many tokens it is the fastest way."""
+    return MORE_TOKENS if weight.numel() <= SMALL else MAX_TOKENS
+
+
 def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[..., Tensor]:
-    """(x [T, K]) -> x W^T + b [T, N] for a weight [N, K] that `takes`, read where it lies; 0 < T <= MAX_TOKENS. x is copied
+    """(x [T, K]) -> x W^T + b [T, N] for a weight [N, K] that `takes`, read where it lies; T > 0. x is copied
     unless its rows lie at multiples of 16 bytes; it may be Unscaled. A token's result does not depend on T.
 
     gated: the weight's first half are gates, and the result is silu(gate) * up [T, N / 2], rounded like the reference's silu_mul of the
@@ -322,13 +333,14 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
             x = x.clone(memory_format=torch.contiguous_format)
         tokens, parts = len(x), 0 if squares is None else squares.shape[1]
         how = tile_for(tokens, n, k, programs)
+        box = min(how.tokens, max(8, tokens & -tokens))  # few copies, and none of rows that do not exist
         out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
-        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.box, WIDTH.value], MATRIX.value)
+        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [box, WIDTH.value], MATRIX.value)
         columns = -(-tokens // how.tokens)
         tiles = -(-n // (64 * how.groups)) * columns
         linear_hopper_kernel[(min(tiles, programs),)](
             w_desc, x_desc, bias, residual, norm, squares, out, tokens, size_n, -(-k // how.inputs), columns, tiles, parts, k, eps,
-            BLOCK_T=how.tokens, BOX_T=how.box, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
+            BLOCK_T=how.tokens, BOX_T=box, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
             REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, PARTS=max(4, 1 << (parts - 1).bit_length()) if parts else 0,
             num_warps=4, maxnreg=how.registers, **pdl.launch_options(tokens),
         )  # fmt: skip
