@@ -9,7 +9,7 @@ inputs, so a token's result depends neither on the number of tokens nor on the t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -257,12 +257,13 @@ READ, INTO_ONE, INTO_ALL = 4.5e6, 0.112e6, 10e6  # bytes/us of an H200: from mem
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tokens and groups of 64 weight rows of a tile, inputs of a stage, and stages."""
+    """Tokens and groups of 64 weight rows of a tile, inputs of a stage, and stages; tokens of a copied box."""
 
     tokens: int
     groups: int
     inputs: int
     stages: int
+    box: int
 
     @property
     def registers(self) -> int:
@@ -274,7 +275,7 @@ def tile(tokens: int, groups: int) -> Tile:
     """With as many inputs in a stage, side by side in memory, as leave five stages."""
     stages = {inputs: RING // ((groups * 64 + tokens) * inputs * 2) for inputs in (256, 128, 64)}
     inputs = next(i for i in stages if stages[i] >= 5)
-    return Tile(tokens, groups, inputs, min(stages[inputs], 16))
+    return Tile(tokens, groups, inputs, min(stages[inputs], 16), tokens)
 
 
 @cache
@@ -293,7 +294,9 @@ def tile_for(tokens: int, rows: int, inputs: int, programs: int) -> Tile:
         return (max(parts) + 0.05 * sum(parts)) * (1 + 0.01 * candidate.groups)
 
     sizes = [least, least // 2] if least >= 64 else [least]
-    return min((tile(size, groups) for size in sizes for groups in (1, 2, 3)), key=time)
+    best = min((tile(size, groups) for size in sizes for groups in (1, 2, 3)), key=time)
+    even = best.tokens <= 16 or tokens % best.tokens == 0
+    return best if even else replace(best, box=best.tokens // 4)  # rather more copies than many of rows that do not exist
 
 
 def takes(weight: Tensor, gated: bool = False) -> bool:
@@ -333,14 +336,13 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
             x = x.clone(memory_format=torch.contiguous_format)
         tokens, parts = len(x), 0 if squares is None else squares.shape[1]
         how = tile_for(tokens, n, k, programs)
-        box = min(how.tokens, max(8, tokens & -tokens))  # few copies, and none of rows that do not exist
         out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
-        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [box, WIDTH.value], MATRIX.value)
+        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.box, WIDTH.value], MATRIX.value)
         columns = -(-tokens // how.tokens)
         tiles = -(-n // (64 * how.groups)) * columns
         linear_hopper_kernel[(min(tiles, programs),)](
             w_desc, x_desc, bias, residual, norm, squares, out, tokens, size_n, -(-k // how.inputs), columns, tiles, parts, k, eps,
-            BLOCK_T=how.tokens, BOX_T=box, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
+            BLOCK_T=how.tokens, BOX_T=how.box, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
             REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, PARTS=max(4, 1 << (parts - 1).bit_length()) if parts else 0,
             num_warps=4, maxnreg=how.registers, **pdl.launch_options(tokens),
         )  # fmt: skip
