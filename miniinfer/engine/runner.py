@@ -30,7 +30,7 @@ log = get_logger(__name__)
 GIB = 2**30
 LAUNCH_SECONDS = 300e-6  # host time of a layer's launches, measured with triton 3.6
 FLOPS = 5e14  # per second, of a whole step of prompts on an H200
-LOGITS_CHUNK = 1024  # prompt positions whose logits are in memory at once
+LOGITS_AT_ONCE = 128  # rows whose logits are in memory in fp32, for log-probabilities, penalties and the like
 SPARE = 0.02  # of a GPU's memory, left to whoever shares it
 
 
@@ -196,11 +196,16 @@ class Runner:
         rows, real = self.rows, len(plan.rows)
         logits = self.model.logits(hidden)[:real]
         longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
-        allowed = logits if bound is None else self.ops.apply_bitmask(logits, *bound)
-        tokens = sampler.sample(allowed, rows, rows.sample_rows[:real], rows.sample_positions[:real], flags, longest, self.ops)
-        self.ops.deliver(tokens, self._results.host, rows.turns)
-        if plan.logprobs >= 0:
-            ids, values, ranks = sampler.logprobs(logits, tokens, plan.logprobs)
+        tokens, found = [], []
+        for lo in range(0, real, LOGITS_AT_ONCE):
+            part = slice(lo, min(lo + LOGITS_AT_ONCE, real))
+            allowed = logits[part] if bound is None else self.ops.apply_bitmask(logits[part], bound[0], bound[1][part])
+            tokens.append(sampler.sample(allowed, rows, rows.sample_rows[part], rows.sample_positions[part], flags, longest, self.ops))
+            if plan.logprobs >= 0:
+                found.append(sampler.logprobs(logits[part], tokens[-1], plan.logprobs))
+        self.ops.deliver(torch.cat(tokens), self._results.host, rows.turns)
+        if found:
+            ids, values, ranks = (torch.cat(parts) for parts in zip(*found, strict=True))
             pending.logprobs = self._to_host(ids), self._to_host(values), self._to_host(ranks)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[tuple[Tensor, Tensor, Tensor]]]:
@@ -211,8 +216,8 @@ class Runner:
             row, start = plan.rows[b], plan.starts[b]
             count = min(plan.counts[b], int(self.rows.prompt_lens[row]) - 1 - start)
             chunks = found.setdefault(b, [])
-            for lo in range(0, count, LOGITS_CHUNK):
-                hi = min(lo + LOGITS_CHUNK, count)
+            for lo in range(0, count, LOGITS_AT_ONCE):
+                hi = min(lo + LOGITS_AT_ONCE, count)
                 logits = self.model.logits(hidden[starts[b] + lo : starts[b] + hi])
                 targets = self.rows.tokens[row, start + lo + 1 : start + hi + 1]
                 ids, values, ranks = sampler.logprobs(logits, targets, int(self.rows.prompt_logprobs[row]))
@@ -258,8 +263,8 @@ def workspace_bytes(config: EngineConfig, shape: ModelConfig) -> int:
     tokens = config.max_num_batched_tokens + graph_tokens(config, shape)  # graphs have memory of their own
     activations = tokens * (6 * shape.hidden_size + 2 * heads + wide) * 2
     partial = config.max_num_seqs * shape.num_heads * max(4, 256 // shape.num_kv_heads) * (shape.head_dim + 2) * 4
-    logits = max(config.max_num_seqs, LOGITS_CHUNK) * shape.vocab_size * 4
-    return activations + partial + 8 * logits
+    logits = shape.vocab_size * (2 * config.max_num_seqs * 2 + 8 * LOGITS_AT_ONCE * 4)
+    return activations + partial + logits
 
 
 def graph_tokens(config: EngineConfig, shape: ModelConfig) -> int:
