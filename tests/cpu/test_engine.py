@@ -11,6 +11,7 @@ from harness import HYBRID, SHAPE, VOCAB, Wanted, make_core, naive, run
 
 from miniinfer.config import ConfigError
 from miniinfer.data import Add, SamplingParams
+from miniinfer.engine import runner
 from miniinfer.engine.graphs import Graphs
 
 
@@ -167,6 +168,21 @@ def test_logits_that_are_not_finite_end_their_request_alone(tmp_path: Path, over
     assert core.scheduler.add(Add("again", [bad], SamplingParams()), 0.0) is None and not core.abort(["unknown"])
     (ended,) = [u for _ in range(4) for u in core.step() if u.finish_reason]
     assert ended.error == "the model's logits were not finite (NaN or infinity)"
+
+
+def test_logits_are_made_in_parts_without_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows that need fp32 logits come three at a time; log-probabilities of prompts too."""
+    each = [{"logprobs": 2}, {"presence_penalty": 1.5, "logprobs": 0}, {"logit_bias": {5: 3.0}}, {"top_k": 9, "prompt_logprobs": 1}]
+    wanted = [w for i, more in enumerate(each * 3) for w in some_requests(1, seed=i, length=8, **more)]
+    whole = run(make_core(tmp_path, max_num_seqs=16, max_num_batched_tokens=512), wanted)
+    monkeypatch.setattr(runner, "LOGITS_AT_ONCE", 3)
+    parts = run(make_core(tmp_path, max_num_seqs=16, max_num_batched_tokens=512), wanted)
+    assert [g.tokens for g in parts] == [g.tokens for g in whole]
+    for one, other in zip(parts, whole, strict=True):
+        for found, right in ((one.logprobs, other.logprobs), (one.prompt_logprobs or [], other.prompt_logprobs or [])):
+            assert [t and t.token_ids for t in found] == [t and t.token_ids for t in right]
+            values = [[v for t in some if t for v in t.logprobs] for some in (found, right)]
+            assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
 def test_no_accepted_parameter_makes_logits_that_are_not_finite(tmp_path: Path):
