@@ -36,15 +36,15 @@ class Shape(NamedTuple):
 
 
 def sequence_sizes(limit: int) -> list[int]:
-    """Batch sizes of decode steps, up to `limit`: close together where padding would cost, few enough to capture in passing."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
+    """Batch sizes of decode steps, up to `limit`: those of kernels' tiles while a step reads weights, closer together where padding costs."""
+    sizes = [1, 2, 4, 8, 16, 32, 64, 128, 160, 192, 224, 256]
     sizes += range(320, limit + 64, 64)
     return [s for s in sizes if s < limit] + [limit]
 
 
 def token_sizes(limit: int) -> list[int]:
-    """Sizes of steps with prompts in them: a quarter apart while such a step reads weights, an eighth while it computes."""
-    sizes = [4, 8, 16, 32]
+    """Sizes of steps with prompts in them: likewise, from 128 on a quarter apart, and an eighth while such a step computes more than it reads."""
+    sizes = [4, 8, 16, 32, 64, 128]
     while sizes[-1] < limit:
         parts = 4 if sizes[-1] < 512 else 8
         sizes += [sizes[-1] * (parts + i) // parts for i in range(1, parts + 1)]

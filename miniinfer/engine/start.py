@@ -128,7 +128,7 @@ def shapes(runner: Runner) -> list[Shape]:
 
 def _sizes(limit: int) -> list[int]:
     """Close together where kernels differ by size, up to 256, and far apart beyond."""
-    return [n for n in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 256, 512) if n < limit] + [limit]
+    return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n < limit] + [limit]
 
 
 @torch.inference_mode()

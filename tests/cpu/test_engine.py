@@ -116,7 +116,7 @@ def test_sizes_of_graphs_waste_little_and_keep_kernels_classes(limit: int):
     graphs = Graphs(lambda shape: torch.zeros(1), 200, limit, 1000, True)
     for tokens in range(2, limit + 1):
         padded, sequences = graphs.pad(tokens, 1) or (0, 0)
-        assert tokens <= padded <= max(tokens * 5 // 4, 4, 32 if tokens <= 32 else 0) and padded <= limit and sequences == 1
+        assert tokens <= padded <= max(tokens * 5 // 4 if tokens > 128 else 2 * tokens - 1, 4) and padded <= limit and sequences == 1
         assert (padded <= 32) == (tokens <= 32)
     assert graphs.pad(limit + 2, 1) is None
     for sequences in range(2, 201):

@@ -5,7 +5,8 @@ One token: a program takes rows of the weight whole, in registers, and has the f
 tokens up to MAX_TOKENS, with the inputs split over programs where rows are few (`_tile_kernel`). More tokens yet are F.linear's, or
 matmul_hopper.py's where that pays; fp32 and odd shapes F.linear's at any number.
 
-A norm between two products of few tokens needs no kernel (`pack_into_norm`): the first adds to the residual, the second scales its sums.
+A norm between two products of few tokens by small weights needs no kernel (`pack_into_norm`): the first product adds to the residual, the
+second scales its sums.
 """
 
 from __future__ import annotations
@@ -35,13 +36,11 @@ Function = Callable[..., Tensor]  # of x [..., K], or of an Unscaled
 
 @triton.jit
 def _rows_kernel(
-    x, weight, bias, norm, residual, out, eps, SIZE_N,
-    SIZE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x, weight, bias, out, SIZE_N, SIZE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr
+):
     """Program i: weight rows i * BLOCK_N ... times x. The rows' next block is on its way while one is multiplied.
 
-    GATED: the weight is SIZE_N rows of gates, then as many of ups; a program takes BLOCK_N / 2 pairs, and out is silu(gate) * up.
-    norm: the weight of x's RMS norm, which is taken on the way. residual: the result is added to it; out may be the same memory."""
+    GATED: the weight is SIZE_N rows of gates, then as many of ups; a program takes BLOCK_N / 2 pairs, and out is silu(gate) * up."""
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(index // 2, SIZE_N - 1) + index % 2 * SIZE_N if GATED else tl.minimum(index, SIZE_N - 1)
     offs = tl.arange(0, BLOCK_K)
@@ -52,11 +51,7 @@ def _rows_kernel(
     else:
         block = tl.load(source, mask=(offs < SIZE_K)[None, :], other=0.0, eviction_policy="evict_first")
     pdl.begin(PDL)
-    before = 0.0
-    if residual is not None:
-        before = tl.load(residual + index, mask=index < SIZE_N, other=0.0).to(tl.float32)
     sums = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)  # the 8 inputs of a 16-byte load are summed in their thread
-    squares = tl.zeros([BLOCK_K], tl.float32)
     for k in range(0, SIZE_K, BLOCK_K):
         if even:
             values = tl.load(x + k + offs)
@@ -64,21 +59,13 @@ def _rows_kernel(
         else:
             values = tl.load(x + k + offs, mask=k + offs < SIZE_K, other=0.0)
             within = k + BLOCK_K + offs < SIZE_K
-        values = values.to(tl.float32)
-        if norm is not None:
-            squares += values * values
-            values *= tl.load(norm + k + offs, mask=k + offs < SIZE_K, other=0.0).to(tl.float32)
-        products = block.to(tl.float32) * values[None, :]
+        products = block.to(tl.float32) * values.to(tl.float32)[None, :]
         if SIZE_K > BLOCK_K:
             block = tl.load(source + k + BLOCK_K, mask=within[None, :], other=0.0, eviction_policy="evict_first")
         sums += tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // 8, 8]), 2)
     result = tl.sum(sums, 1)
-    if norm is not None:
-        result *= tl.rsqrt(tl.sum(squares) / SIZE_K + eps)
     if bias is not None:
         result += tl.load(bias + rows).to(tl.float32)
-    if residual is not None:
-        result = result.to(out.dtype.element_ty).to(tl.float32) + before
     if GATED:
         index = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         gate, up = tl.split(tl.reshape(result.to(out.dtype.element_ty).to(tl.float32), [BLOCK_N // 2, 2]))
@@ -157,19 +144,16 @@ class Tiles:
     prefetch: int  # inputs of each row to fetch ahead of x; 0 below Hopper
 
 
-def by_rows(x: Tensor | Unscaled, weight: Tensor, bias: Tensor | None, how: Rows, gated: bool = False, residual: Tensor | None = None) -> Tensor:
-    """[1, K] -> [1, N]; weight contiguous. Gated: weight [2 I, K] of gates and ups -> silu(gate) * up [1, I]. With a residual [1, N] the result
-    is added to it in place, and it is returned."""
+def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, how: Rows, gated: bool = False) -> Tensor:
+    """[1, K] -> [1, N]; weight contiguous. Gated: weight [2 I, K] of gates and ups -> silu(gate) * up [1, I]."""
     rows, k = weight.shape
     n = rows // 2 if gated else rows
     block_n = max(2, how.block_n) if gated else how.block_n  # a pair at least
     warps = how.warps * block_n // how.block_n
-    values, norm, eps = (x.values, x.weight, x.eps) if isinstance(x, Unscaled) else (x, None, 0.0)
-    out = torch.empty(1, n, dtype=weight.dtype, device=weight.device) if residual is None else residual
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     _rows_kernel[(triton.cdiv(rows, block_n),)](
-        values, weight, bias, norm, residual, out, eps, n,
-        SIZE_K=k, BLOCK_N=block_n, BLOCK_K=how.block_k, GATED=gated, num_warps=warps, **pdl.launch_options(1),
-    )  # fmt: skip
+        x, weight, bias, out, n, SIZE_K=k, BLOCK_N=block_n, BLOCK_K=how.block_k, GATED=gated, num_warps=warps, **pdl.launch_options(1)
+    )
     return out
 
 
@@ -222,9 +206,11 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Function:
     few, most = _few(weight, bias)
 
     def apply(x: Tensor | Unscaled) -> Tensor:
-        if isinstance(x, Unscaled) or (_by_rows(x, weight) and len(x) <= most):
-            return by_rows(x, weight, bias, rows) if len(x) == 1 else few(x)
-        return F.linear(x, weight, bias)
+        if isinstance(x, Unscaled):
+            return few(x)
+        if not _by_rows(x, weight) or len(x) > most:
+            return F.linear(x, weight, bias)
+        return by_rows(x, weight, bias, rows) if len(x) == 1 else few(x)
 
     return apply
 
@@ -239,7 +225,9 @@ def pack_gated(weight: Tensor, bias: Tensor | None) -> Function:
     many = matmul_hopper.pack(weight, bias, gated=True) if bias is None else None
 
     def apply(x: Tensor | Unscaled) -> Tensor:
-        if isinstance(x, Unscaled) or (_by_rows(x, weight) and len(x) <= most):
+        if isinstance(x, Unscaled):
+            return few(x)
+        if _by_rows(x, weight) and len(x) <= most:
             return by_rows(x, weight, bias, rows, gated=True) if len(x) == 1 else few(x)
         if many is not None and _by_rows(x, weight) and matmul_hopper.pays(len(x), weight):
             return many(x)
@@ -252,22 +240,19 @@ def pack_into_norm(
     weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, after: Tensor
 ) -> Callable[[Tensor, Tensor], tuple[Tensor | Unscaled, Tensor]] | None:
     """(x [T, K], residual [T, N]) -> (the RMS norm of residual + x W^T + b, that sum), as add_rms_norm of the product; the sum is written into
-    `residual`. Of few tokens the norm is Unscaled, and functions that were packed for the weight `after` finish it. None if they could not.
+    `residual`. Of few tokens the norm is Unscaled, and functions that were packed for the weight `after` finish it. None if that does not pay:
+    a large weight's first rows are fetched while a norm computes, so that it costs nothing.
 
-    Rounding: the sum as ever; the normed value is rounded once, or not at all, where the reference rounds twice."""
-    if weight.dtype != torch.bfloat16 or not all(map(_foldable, (weight, after))):  # an unscaled value might be too large for fp16
+    Rounding: the sum as ever; the normed value is rounded once where the reference rounds twice."""
+    if weight.dtype != torch.bfloat16 or not all(map(_folds, (weight, after))):  # an unscaled value might be too large for fp16
         return None
-    plain, rows = pack_linear(weight, bias), rows_for(*weight.shape)
-    few = linear_hopper.pack(weight, bias)
-    most = min(map(linear_hopper.most_tokens, (weight, after)))
+    plain, few = pack_linear(weight, bias), linear_hopper.pack(weight, bias)
 
     def apply(x: Tensor, residual: Tensor) -> tuple[Tensor | Unscaled, Tensor]:
-        if not _by_rows(x, weight) or len(x) > most:
+        if not _by_rows(x, weight) or not 1 < len(x) <= linear_hopper.MORE_TOKENS:
             return add_rms_norm(plain(x), residual, norm, eps)
-        if len(x) == 1:
-            return Unscaled(by_rows(x, weight, bias, rows, residual=residual), norm, None, eps), residual
         squares = torch.empty(len(x), triton.cdiv(len(weight), linear_hopper.ROWS), dtype=torch.float32, device=x.device)
-        return Unscaled(few(x, residual, norm, squares), norm, squares, eps), residual
+        return Unscaled(few(x, residual, norm, squares), squares, eps), residual
 
     return apply
 
@@ -308,8 +293,10 @@ def _readable(weight: Tensor) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous() and weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0
 
 
-def _foldable(weight: Tensor) -> bool:
-    return _readable(weight) and len(weight) >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight)
+def _folds(weight: Tensor) -> bool:
+    return (
+        _readable(weight) and len(weight) >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight) and linear_hopper.small(weight)
+    )
 
 
 def _by_rows(x: Tensor, weight: Tensor) -> bool:

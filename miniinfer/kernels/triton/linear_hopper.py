@@ -9,7 +9,7 @@ inputs, so a token's result depends neither on the number of tokens nor on the t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,7 +25,8 @@ from miniinfer.kernels.triton.unscaled import Unscaled
 
 ROWS = 64  # of a weight, that a group of four warps takes
 MAX_TOKENS = 128  # above it tiles of many tokens are faster, or
-MORE_TOKENS, SMALL = 256, 8 << 20  # above this many for weights of few numbers
+MORE_TOKENS = 256  # above this many for weights of at most
+SMALL = 8 << 20  # numbers
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 PAIRS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))
@@ -46,55 +47,40 @@ def copy_weights(desc, boxes, bar, stage, tile, block, GROUPS: gl.constexpr, BLO
 
 
 @gluon.jit
-def copy_tokens(desc, boxes, bar, stage, first, parts, block, BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr):
-    """The tokens' first `parts` boxes of rows: copies of rows that do not exist take longer than of those that do."""
+def copy_tokens(desc, boxes, bar, stage, first, block, BLOCK_K: gl.constexpr):
     BOXES: gl.constexpr = BLOCK_K // WIDTH
-    PARTS: gl.constexpr = BLOCK_T // BOX_T
     for i in gl.static_range(BOXES):
-        for part in gl.static_range(PARTS):
-            box = boxes.index((stage * BOXES + i) * PARTS + part)
-            tma.async_copy_global_to_shared(desc, [first + part * BOX_T, block * BLOCK_K + i * WIDTH], bar, box, pred=part < parts)
-
-
-@gluon.jit
-def expect(bar, parts, GROUPS: gl.constexpr, BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr):
-    """A stage's bytes: its weights and as many boxes of tokens."""
-    for part in gl.static_range(BLOCK_T // BOX_T):
-        mbarrier.expect(bar, (GROUPS * 64 + (part + 1) * BOX_T) * BLOCK_K * 2, pred=parts == part + 1)
+        tma.async_copy_global_to_shared(desc, [first, block * BLOCK_K + i * WIDTH], bar, boxes.index(stage * BOXES + i))
 
 
 @gluon.jit
 def copy(
-    args, BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
-    PDL: gl.constexpr,
+    args,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp. Units are the tiles' blocks, one after the other; the first that the ring holds get their weights before `begin`."""
-    w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns, tokens = args
+    w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns = args
+    BYTES: gl.constexpr = (GROUPS * 64 + BLOCK_T) * BLOCK_K * 2
     first = begin * blocks
     last = end * blocks
     ahead = gl.minimum(last - first, STAGES)
     for i in range(ahead):
         unit = first + i
-        token = unit // blocks % columns * BLOCK_T
-        expect(ready.index(i), gl.cdiv(gl.minimum(tokens - token, BLOCK_T), BOX_T), GROUPS, BLOCK_T, BOX_T, BLOCK_K)
+        mbarrier.expect(ready.index(i), BYTES)
         copy_weights(w_desc, w_boxes, ready.index(i), i, unit // blocks // columns, unit % blocks, GROUPS, BLOCK_K, GATED)
     pdl.begin(PDL)
     for i in range(ahead):
         unit = first + i
-        token = unit // blocks % columns * BLOCK_T
-        parts = gl.cdiv(gl.minimum(tokens - token, BLOCK_T), BOX_T)
-        copy_tokens(x_desc, x_boxes, ready.index(i), i, token, parts, unit % blocks, BLOCK_T, BOX_T, BLOCK_K)
+        copy_tokens(x_desc, x_boxes, ready.index(i), i, unit // blocks % columns * BLOCK_T, unit % blocks, BLOCK_K)
     tile = (first + ahead) // blocks
     block = (first + ahead) % blocks
     stage = 0
     phase = 0
     for _ in range(first + ahead, last):
-        token = tile % columns * BLOCK_T
-        parts = gl.cdiv(gl.minimum(tokens - token, BLOCK_T), BOX_T)
         mbarrier.wait(empty.index(stage), phase)
-        expect(ready.index(stage), parts, GROUPS, BLOCK_T, BOX_T, BLOCK_K)
+        mbarrier.expect(ready.index(stage), BYTES)
         copy_weights(w_desc, w_boxes, ready.index(stage), stage, tile // columns, block, GROUPS, BLOCK_K, GATED)
-        copy_tokens(x_desc, x_boxes, ready.index(stage), stage, token, parts, block, BLOCK_T, BOX_T, BLOCK_K)
+        copy_tokens(x_desc, x_boxes, ready.index(stage), stage, tile % columns * BLOCK_T, block, BLOCK_K)
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -197,14 +183,13 @@ def multiply(
 @gluon.jit(do_not_specialize=["tokens", "blocks", "columns", "tiles", "parts", "size", "eps"])
 def linear_hopper_kernel(
     w_desc, x_desc, bias, residual, norm, squares, out, tokens, size_n, blocks, columns, tiles, parts, size, eps,
-    BLOCK_T: gl.constexpr, BOX_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr,
     REGISTERS: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs over tiles of 64 * GROUPS weight rows and BLOCK_T tokens, numbered by rows, then by their `columns` of tokens.
 
     w_desc: the weight [N, K] in boxes [64, WIDTH], or GATED: [I / 8, 2, 8, K], which is eight gates, eight ups, and so on, in boxes
-    [4, 2, 8, WIDTH]; x_desc: tokens [T, K] in boxes [BOX_T, WIDTH]; out: [T, size_n]. What stands in a tile
-    behind the last token is anything, and is not written. `blocks` of BLOCK_K inputs.
+    [4, 2, 8, WIDTH]; x_desc: tokens [T, K] in boxes [BLOCK_T, WIDTH], zeros after the last; out: [T, size_n]. `blocks` of BLOCK_K inputs.
 
     squares, without a residual: sums of squares [T, parts] of tokens of `size` numbers; the result is divided by their root mean square. With a
     residual [T, size_n], which the result is added to in place: they are written, a part for every 64 rows, and out is the sum times norm."""
@@ -217,7 +202,7 @@ def linear_hopper_kernel(
         w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 4, 2, 8, WIDTH], PAIRS)
     else:
         w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 64, WIDTH], MATRIX)
-    x_boxes = x_smem._reinterpret(dtype, [BOXES * (BLOCK_T // BOX_T), BOX_T, WIDTH], MATRIX)
+    x_boxes = x_smem._reinterpret(dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for i in gl.static_range(STAGES):
@@ -227,25 +212,25 @@ def linear_hopper_kernel(
 
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    copied = (w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns, tokens)
+    copied = (w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns)
     multiplied = (bias, residual, norm, squares, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n, parts, size, eps)
     if GROUPS == 1:
         gl.warp_specialize([
             (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (copy, (copied, BLOCK_T, BOX_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [1], [24])  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize([
             (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
             (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (copy, (copied, BLOCK_T, BOX_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
             (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
             (multiply, (2, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (copy, (copied, BLOCK_T, BOX_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
@@ -257,13 +242,12 @@ READ, INTO_ONE, INTO_ALL = 4.5e6, 0.112e6, 10e6  # bytes/us of an H200: from mem
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tokens and groups of 64 weight rows of a tile, inputs of a stage, and stages; tokens of a copied box."""
+    """Tokens and groups of 64 weight rows of a tile, inputs of a stage, and stages."""
 
     tokens: int
     groups: int
     inputs: int
     stages: int
-    box: int
 
     @property
     def registers(self) -> int:
@@ -275,7 +259,7 @@ def tile(tokens: int, groups: int) -> Tile:
     """With as many inputs in a stage, side by side in memory, as leave five stages."""
     stages = {inputs: RING // ((groups * 64 + tokens) * inputs * 2) for inputs in (256, 128, 64)}
     inputs = next(i for i in stages if stages[i] >= 5)
-    return Tile(tokens, groups, inputs, min(stages[inputs], 16), tokens)
+    return Tile(tokens, groups, inputs, min(stages[inputs], 16))
 
 
 @cache
@@ -294,9 +278,7 @@ def tile_for(tokens: int, rows: int, inputs: int, programs: int) -> Tile:
         return (max(parts) + 0.05 * sum(parts)) * (1 + 0.01 * candidate.groups)
 
     sizes = [least, least // 2] if least >= 64 else [least]
-    best = min((tile(size, groups) for size in sizes for groups in (1, 2, 3)), key=time)
-    even = best.tokens <= 16 or tokens % best.tokens == 0
-    return best if even else replace(best, box=best.tokens // 4)  # rather more copies than many of rows that do not exist
+    return min((tile(size, groups) for size in sizes for groups in (1, 2, 3)), key=time)
 
 
 def takes(weight: Tensor, gated: bool = False) -> bool:
@@ -306,9 +288,14 @@ def takes(weight: Tensor, gated: bool = False) -> bool:
     return fits and k % 8 == 0 and n % (16 if gated else 1) == 0 and multiprocessors(weight.device) > 0
 
 
+def small(weight: Tensor) -> bool:
+    """Whether launches and waits cost more than the read of the weight."""
+    return weight.numel() <= SMALL
+
+
 def most_tokens(weight: Tensor) -> int:
-    """Up to how many tokens it is the fastest way."""
-    return MORE_TOKENS if weight.numel() <= SMALL else MAX_TOKENS
+    """Up to how many tokens this is the fastest way."""
+    return MORE_TOKENS if small(weight) else MAX_TOKENS
 
 
 def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[..., Tensor]:
@@ -337,12 +324,12 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
         tokens, parts = len(x), 0 if squares is None else squares.shape[1]
         how = tile_for(tokens, n, k, programs)
         out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
-        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.box, WIDTH.value], MATRIX.value)
+        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.tokens, WIDTH.value], MATRIX.value)
         columns = -(-tokens // how.tokens)
         tiles = -(-n // (64 * how.groups)) * columns
         linear_hopper_kernel[(min(tiles, programs),)](
             w_desc, x_desc, bias, residual, norm, squares, out, tokens, size_n, -(-k // how.inputs), columns, tiles, parts, k, eps,
-            BLOCK_T=how.tokens, BOX_T=how.box, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
+            BLOCK_T=how.tokens, BLOCK_K=how.inputs, STAGES=how.stages, GROUPS=how.groups, GATED=gated,
             REGISTERS=(how.registers * (how.groups + 1) - 24) // how.groups // 8 * 8, PARTS=max(4, 1 << (parts - 1).bit_length()) if parts else 0,
             num_warps=4, maxnreg=how.registers, **pdl.launch_options(tokens),
         )  # fmt: skip

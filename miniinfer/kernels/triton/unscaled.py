@@ -9,14 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Unscaled:
-    """The norm of `[T, K]` numbers without its division: y = W (values / rms), so that a product can divide its sums instead.
-
-    Of one token `values` are the numbers themselves, and the product has the norm's `weight` and their squares still to take. Of more they have
-    been multiplied with the weight, and `squares` [T, parts] fp32 add up to the sum of the numbers' squares."""
+    """The norm of tokens without its division, which the product behind it does to its sums: `values` [T, K], multiplied with the norm's weight,
+    and `squares` [T, parts] fp32, which add up to the sum of each token's squares before that."""
 
     values: Tensor
-    weight: Tensor
-    squares: Tensor | None
+    squares: Tensor
     eps: float
 
     def __len__(self) -> int:
