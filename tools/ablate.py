@@ -64,12 +64,17 @@ def no_decode_attention() -> None:
     hopper_launch.takes_decode = lambda *args: False
 
 
+def no_rope_in_attention() -> None:
+    """Rotation and the write into the cache as a kernel of its own."""
+    from miniinfer.kernels import triton
+
+    triton.rope_paged_attention = None  # type: ignore[assignment]
+
+
 def no_prefill_attention() -> None:
     """Plain Triton for sequences with several."""
     from miniinfer.kernels.triton import hopper_launch
 
-    takes = hopper_launch.takes
-    hopper_launch.takes_decode = lambda q, k, v: q.shape[1] // k.shape[1] <= 16 and takes(q, k, v)
     hopper_launch.takes = lambda *args: False
 
 
@@ -88,6 +93,7 @@ OFF: dict[str, Callable[[], None]] = {
     "epilogue": no_epilogue,
     "folded-norm": no_folded_norm,
     "decode-attention": no_decode_attention,
+    "rope-in-attention": no_rope_in_attention,
     "prefill-attention": no_prefill_attention,
     "experts": no_experts,
 }

@@ -182,6 +182,26 @@ def attention_cases(ops: Ops) -> Iterator[Case]:
     yield paged(ops, [2048] + [1] * 128, [8192] + [1024] * 128, 32, 8, 128)
 
 
+def rope_decode_cases(ops: Ops, heads: int = 32, kv_heads: int = 8, dim: int = 128, size: int = 64, length: int = 1024) -> Iterator[Case]:
+    """Attention of a decode step with all that is between it and qkv's product; beside it the two kernels apart."""
+    for batch in (1, 8, 32, 128, 256):
+
+        def make(batch: int = batch) -> tuple[Callable[[], object], Callable[[], object]]:
+            width = length // size
+            table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
+            k, v = rand(batch * width, kv_heads, size, dim), rand(batch * width, kv_heads, size, dim)
+            weight, at = rand(dim), ints([length - 1] * batch)
+            head = (rand(batch, (heads + 2 * kv_heads) * dim), heads, kv_heads, torch.randn(length, dim, device="cuda"), at, weight, weight, 1e-6)
+            place = (table, ints(range(batch)), ints(range(batch + 1)), ints([length] * batch), dim**-0.5, 0, 1, length)
+            args = (*head, k, v, table[:, -1] * size + size - 1)
+            fused = ops.rope_paged_attention
+            assert fused is not None
+            return lambda: fused(*args, *place), lambda: ops.paged_attention(ops.rope_qkv_cache(*args), k, v, *place)
+
+        moved = batch * 2 * (length * 2 * kv_heads + 2 * heads + 2 * kv_heads) * dim
+        yield Case(f"rope and decode {batch} x {length}, {heads}/{kv_heads} heads of {dim}", moved, 0, make)
+
+
 def grouped_moe(x: Tensor, logits: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
     """What torch has for a mixture of experts on the GPU: its grouped product over tokens gathered by expert."""
     weights, experts = torch.topk(logits.float().softmax(-1), top_k, dim=-1)
@@ -238,6 +258,7 @@ GROUPS: dict[str, Callable[[Ops], Iterator[Case]]] = {
     "norm": norm_cases,
     "linear": linear_cases,
     "rope": rope_cases,
+    "rope-decode": rope_decode_cases,
     "attention": attention_cases,
     "moe": moe_cases,
     "sample": sample_cases,

@@ -42,8 +42,9 @@ class Attention(Layer):
             out = ops.attention(q, k, v, batch.query_start, scale, self.window, batch.max_query)
         else:
             (k, v), view = batch.caches[self.index], batch.kinds[self.kind]
-            q = ops.rope_qkv_cache(*rope, k, v, view.slots)
-            out = ops.paged_attention(
-                q, k, v, view.page_table, batch.rows, batch.query_start, batch.lengths, scale, self.window, batch.max_query, batch.max_length
-            )
+            place = (view.page_table, batch.rows, batch.query_start, batch.lengths, scale, self.window, batch.max_query, batch.max_length)
+            if ops.rope_paged_attention is not None:
+                out = ops.rope_paged_attention(*rope, k, v, view.slots, *place)
+            else:
+                out = ops.paged_attention(ops.rope_qkv_cache(*rope, k, v, view.slots), k, v, *place)
         return out.flatten(1)

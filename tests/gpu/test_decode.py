@@ -1,4 +1,4 @@
-"""Decode attention as the engine uses it: whole and split sequences, mixed batches, windows, graphs, the chain with rope_qkv_cache."""
+"""Decode attention as the engine uses it: whole and split sequences, mixed batches, windows, graphs, rope_qkv_cache before it and in it."""
 
 from __future__ import annotations
 
@@ -117,3 +117,137 @@ def test_last_key_comes_from_the_kernel_before() -> None:
 
         for got, want in zip(run(ops, *caches), run(ref, *mirror), strict=True):
             close(got, want, f"B={batch}", BF16, bf16=1.5e-2)
+
+
+def rope_case(dtype: torch.dtype, lengths: list[int], heads: int, kv_heads: int, dim: int, window: int, norm: bool, padding: int = 0) -> tuple:
+    """(arguments of rope_qkv_cache before the caches, caches, slots, arguments of paged_attention behind them): each sequence's last token is
+    new, NaN lies in its place, and neither a sequence of length 0 nor a padding token has one."""
+    batch = len(lengths)
+    (_, k, v, *place), _ = paged_case("cuda", dtype, [1] * batch, lengths, heads, kv_heads, dim, 64, window, padding)
+    table, rows, _, lens = place[:4]
+    live, at = lens > 0, (lens - 1).clamp(min=0)
+    pages = table[rows.long(), (at // 64).long()]
+    slots = torch.zeros(batch + padding, dtype=torch.int32, device="cuda")
+    positions = slots.clone()
+    slots[:batch] = torch.where(live, pages * 64 + at % 64, 0)
+    positions[:batch] = at
+    for cache in (k, v):
+        cache[pages[live].long(), :, (at % 64)[live].long()] = float("nan")
+    angle = torch.rand(max(lengths) + 1, dim // 2, device="cuda") * 6.3
+    weights = [torch.randn(dim, device="cuda").to(dtype) if norm else None for _ in range(2)]
+    qkv = torch.randn(batch + padding, (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
+    return (qkv, heads, kv_heads, torch.cat([angle.cos(), angle.sin()], -1), positions, *weights, 1e-6), (k, v), slots, place
+
+
+def check_rope_decode(what: str, dtype: torch.dtype, *case, **options) -> None:  # type: ignore[no-untyped-def]
+    """One kernel against the two, to the bit, and against the reference."""
+    ops = triton_ops()
+    rope, caches, slots, place = rope_case(dtype, *case, **options)
+    apart, theirs = [c.clone() for c in caches], [c.clone() for c in caches]
+    torch.cuda.synchronize()
+    out = ops.rope_paged_attention(*rope, *caches, slots, *place)
+    torch.cuda.synchronize()
+    same(out, ops.paged_attention(ops.rope_qkv_cache(*rope, *apart, slots), *apart, *place), what)
+    for name, mine, other in zip("KV", caches, apart, strict=True):  # of page 0 only the two kernels have written something: padding
+        same(mine[1:].nan_to_num(9.0), other[1:].nan_to_num(9.0), f"{name}, {what}")
+    q = ref.rope_qkv_cache(*rope, *theirs, slots)
+    wide = [c.float().nan_to_num() for c in theirs]
+    close(out, ref.paged_attention(q.float(), *wide, *place), what, dtype, bf16=1e-2)
+
+
+LENGTHS = [1, 63, 64, 65, 0, 128, 129, 192, 193, 1000, 0, 5000, 2]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 8), (32, 8), (28, 4), (32, 4), (12, 1), (16, 1)], ids=str)
+def test_rope_in_decode(heads: tuple[int, int], dim: int, norm: bool) -> None:
+    for window in (0, 64, 130):
+        check_rope_decode(f"{heads} {dim} window={window} norm={norm}", BF16, LENGTHS, *heads, dim, window, norm, padding=3)
+    check_rope_decode(f"{heads} {dim} fp16", torch.float16, LENGTHS, *heads, dim, 0, norm)
+    for length in (1, 64, 65, 500, 4096, 9001):
+        check_rope_decode(f"{heads} {dim} alone, length={length}", BF16, [length], *heads, dim, 0, norm)
+
+
+@pytest.mark.parametrize("batch", [7, 33, 130, 300, 600])
+def test_rope_in_decode_of_batches(batch: int) -> None:
+    lengths = torch.randint(1, 1200, (batch,))
+    lengths[torch.rand(batch) < 0.1] = 0
+    check_rope_decode(f"B={batch}", BF16, lengths.tolist(), 16, 8, 128, 0, True, padding=5)
+
+
+def test_every_place_in_a_page() -> None:
+    """A new row lies elsewhere in the swizzle of each."""
+    for dim in (64, 128):
+        check_rope_decode(f"D={dim}", BF16, [*range(1, 65), *range(300, 365)], 8, 4, dim, 0, True)
+
+
+def test_rope_does_not_depend_on_the_batch() -> None:
+    """However many tokens a launch has, and with them other tiles: the same to the last bit."""
+    ops, heads, kv_heads, tokens = triton_ops(), 16, 8, 3000
+    for dim in (64, 128):
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device="cuda").to(BF16)
+        cos_sin, weight = torch.randn(tokens, dim, device="cuda"), torch.randn(dim, device="cuda").to(BF16)
+        at = torch.arange(tokens, dtype=torch.int32, device="cuda")
+        caches = torch.zeros(2, -(-tokens // 64), kv_heads, 64, dim, dtype=BF16, device="cuda")
+        whole = ops.rope_qkv_cache(qkv, heads, kv_heads, cos_sin, at, weight, weight, 1e-6, *caches, at)
+        for n in (1, 32, 33, 1024, 1025):
+            mine = torch.zeros_like(caches)
+            q = ops.rope_qkv_cache(qkv[:n], heads, kv_heads, cos_sin, at[:n], weight, weight, 1e-6, *mine, at[:n])
+            same(q, whole[:n], f"q, {n} tokens")
+            rows, wanted = (c.transpose(2, 3).flatten(1, 2)[:, :n] for c in (mine, caches))
+            same(rows, wanted, f"K and V, {n} tokens")
+
+
+@pytest.mark.parametrize(("heads", "batch"), [((16, 8), 1), ((16, 8), 8), ((32, 8), 48), ((32, 4), 128)], ids=str)
+def test_rope_in_decode_between_overlapping_kernels(heads: tuple[int, int], batch: int) -> None:
+    """Steps of 20 layers in a graph, where each kernel starts before the one ahead of it is over: qkv's product, attention, the output's product
+    and its norm. The kernels apart, one step after the other, are what they must equal to the bit."""
+    (num_heads, kv_heads), dim, hidden, width, layers = heads, 128, 512, 10, 20
+    ops = triton_ops()
+    first = torch.randint(1, 600, (batch,), device="cuda")
+    first[0] = 63  # its second step begins a page
+    table = (torch.randperm(batch * width, device="cuda") + 1).int().view(batch, width)
+    old = (torch.arange(width * 64, device="cuda").view(1, width, 1, 64, 1) < first.view(-1, 1, 1, 1, 1)).expand(-1, -1, kv_heads, -1, dim)
+    caches = torch.full((layers, 2, batch * width + 1, kv_heads, 64, dim), float("nan"), dtype=BF16, device="cuda")
+    for cache in caches.flatten(0, 1):
+        cache[table.long()] = torch.randn(old.shape, device="cuda").to(BF16).where(old, float("nan"))
+    mirror = caches.clone()
+    cos_sin, weight = torch.randn(640, dim, device="cuda"), torch.randn(dim, device="cuda").to(BF16)
+    w_qkv = (torch.randn((num_heads + 2 * kv_heads) * dim, hidden, device="cuda") * hidden**-0.5).to(BF16)
+    w_out = (torch.randn(hidden, num_heads * dim, device="cuda") * (num_heads * dim) ** -0.5).to(BF16)
+    product, output = ops.pack_linear(w_qkv, None), ops.pack_linear(w_out, None)
+    ones = torch.ones(hidden, dtype=BF16, device="cuda")
+    rows, start = (torch.arange(n, dtype=torch.int32, device="cuda") for n in (batch, batch + 1))
+    positions, slots, lengths = (torch.zeros(batch, dtype=torch.int32, device="cuda") for _ in range(3))
+    x = torch.randn(batch, hidden, device="cuda").to(BF16)
+
+    def step(memory: torch.Tensor, fused: bool) -> torch.Tensor:
+        y = ops.rms_norm(x, ones, 1e-6)
+        for k, v in memory:
+            rope = (product(y), num_heads, kv_heads, cos_sin, positions, weight, weight, 1e-6, k, v, slots)
+            place = (table, rows, start, lengths, 0.09, 0, 1, 640)
+            out = ops.rope_paged_attention(*rope, *place) if fused else ops.paged_attention(ops.rope_qkv_cache(*rope), k, v, *place)
+            y = ops.rms_norm(output(out.flatten(1)), ones, 1e-6)
+        return y
+
+    def begin(n: int) -> None:
+        at = first + n
+        positions.copy_(at)
+        slots.copy_(table.gather(1, (at // 64).unsqueeze(1)).squeeze(1) * 64 + at % 64)
+        lengths.copy_(at + 1)
+        torch.cuda.synchronize()
+
+    begin(0)
+    step(caches, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(caches, True)
+    for n in range(20):
+        begin(n)
+        graph.replay()
+        torch.cuda.synchronize()
+        want = step(mirror, False)
+        same(result, want, f"B={batch}, step {n}")
+        same(caches.nan_to_num(9.0), mirror.nan_to_num(9.0), f"K and V, B={batch}, step {n}")
+        x.copy_(result)

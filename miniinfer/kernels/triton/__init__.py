@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from miniinfer.kernels.triton.attention_launch import attention, paged_attention
+from miniinfer.kernels.triton.attention_launch import attention, paged_attention, rope_paged_attention
 from miniinfer.kernels.triton.experts import moe
 from miniinfer.kernels.triton.linear import pack_gated, pack_gated_fixed, pack_into_norm, pack_linear, pack_linear_fixed
 from miniinfer.kernels.triton.rope import rope_qkv_cache
@@ -22,7 +22,8 @@ from miniinfer.kernels.triton.steps import copy_pages, deliver, stage, step_inpu
 
 __all__ = [
     "add_rms_norm", "apply_bitmask", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "pack_gated",
-    "pack_into_norm", "pack_linear", "paged_attention", "rms_norm", "rope_qkv_cache", "sample_rows", "silu_mul", "stage", "step_inputs",
+    "pack_into_norm", "pack_linear", "paged_attention", "rms_norm", "rope_paged_attention", "rope_qkv_cache", "sample_rows", "silu_mul", "stage",
+    "step_inputs",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from miniinfer.kernels.triton import pdl
 from miniinfer.kernels.triton.decode import combine_kernel, decode_kernel
 from miniinfer.kernels.triton.prefill import prefill_kernel
+from miniinfer.kernels.triton.rope import rope_qkv_cache
 
 try:
     from miniinfer.kernels.triton import hopper_launch
@@ -61,6 +62,29 @@ def paged_attention(
     elif not single:
         _prefill(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, window, k_cache.shape[1], mixed)
     return out
+
+
+def rope_paged_attention(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, cos_sin: Tensor, positions: Tensor,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
+    scale: float, window: int, max_query: int, max_length: int,
+) -> Tensor:  # fmt: skip
+    """rope_qkv_cache, then paged_attention, to the bit. Where every sequence has one new token, on Hopper, it is one kernel, which takes a token's
+    position from its sequence's length.
+
+    That kernel begins to read before the one ahead of it (of qkv's product) is complete: the cache, tables and lengths must be the work of
+    kernels before."""
+    dim = cos_sin.shape[-1]
+    q = qkv.view(len(qkv), -1, dim)[:, :num_heads]
+    if max_query == 1 and len(qkv) and hopper_launch is not None and hopper_launch.takes_decode(q, k_cache, v_cache):
+        assert cos_sin.is_contiguous() and page_table.stride(1) == 1
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        rope = hopper_launch.Rope(cos_sin, q_weight, k_weight, eps, slots)
+        hopper_launch.decode(q, k_cache, v_cache, out, page_table, rows, query_start, lengths, scale, window, max_length, rope)
+        return out
+    q = rope_qkv_cache(qkv, num_heads, num_kv_heads, cos_sin, positions, q_weight, k_weight, eps, k_cache, v_cache, slots)
+    return paged_attention(q, k_cache, v_cache, page_table, rows, query_start, lengths, scale, window, max_query, max_length)
 
 
 def prefill_tiles(group: int, dim: int, element_size: int) -> dict[str, int]:

@@ -6,6 +6,10 @@ which program computes what. A program takes a sequence's head whole, or one chu
 
 Three kinds of warps: one copies pages through a ring in shared memory, always ahead and across sequences; four attend; two fold the chunks of
 a sequence that was split, in the program that finishes its last one.
+
+Where all sequences have one new token (ROPE), the attending warps do rope.py's work as well: they norm and rotate their own queries, and those
+with a sequence's last chunk the new key, which they write to the cache and, with the value, over the stale row of the page in shared memory. So
+no page has to wait for the kernel before.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from miniinfer.kernels.triton.rope import inverse_rms, normed, rotated
 
 PAGE_SIZE = gl.constexpr(64)
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
@@ -107,6 +113,7 @@ def copy_page(desc, boxes, ready, empty, at, row, DIM: gl.constexpr, STAGES: gl.
 def copy_pages(
     k_desc, v_desc, boxes, notes, note_ready, note_empty, ready, empty, counters, page_table, rows, query_start, lengths, num_seqs, heads,
     table_stride, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
+    ROPE: gl.constexpr,
 ):  # fmt: skip
     """The copying warp. Its items are the heads of whole sequences, and the chunks of heads of split ones, numbered through; programs draw
     them from a counter, except for the first. Sequences in large chunks come first, and the last ones are split, which evens out the end."""
@@ -164,7 +171,7 @@ def copy_pages(
                 tile += 1
                 while page_at < page_end:
                     page_at += 1
-                    if page_at == first_page + visible:
+                    if not ROPE and page_at == first_page + visible:
                         wait_for_kernel_before()  # which writes the last token's key and value
                     page_row = (page * heads + head) * PAGE_SIZE
                     page = gl.load(table + page_at, mask=page_at < page_end, other=0)
@@ -181,9 +188,46 @@ def copy_pages(
 
 
 @gluon.jit
+def load_halves(source, mask, HALF: gl.constexpr):
+    return gl.load(source, mask=mask, other=0.0), gl.load(source + HALF, mask=mask, other=0.0)
+
+
+@gluon.jit
+def rope_heads(a, b, weight_a, weight_b, cos, sin, eps, NORM: gl.constexpr):
+    """Heads, as halves [n, DIM // 2], normed and rotated; the weights' halves and the angles [1, DIM // 2]. To the bit as rope.py does it."""
+    dtype: gl.constexpr = a.dtype
+    a = a.to(gl.float32)
+    b = b.to(gl.float32)
+    if NORM:
+        scale = inverse_rms(a, b, eps, a.shape[1])
+        scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, a.type.layout)), 1)
+        a = normed(a, scale, weight_a, dtype)
+        b = normed(b, scale, weight_b, dtype)
+    a, b = rotated(a, b, cos, sin)
+    return a.to(dtype), b.to(dtype)
+
+
+@gluon.jit
+def patch(lines, slot, line, fresh, which: gl.constexpr, layout: gl.constexpr, DIM: gl.constexpr):
+    """Writes a line of a page in shared memory, for all attending warps to read: two halves of `fresh`, in the order in which they lie there."""
+    if DIM == WIDTH:
+        first = (slot * PAGE_SIZE + line) * 2
+        second = first + 1
+    else:  # a column block for each
+        first = slot * (2 * PAGE_SIZE) + line
+        second = first + PAGE_SIZE
+    lines.index(first).store(fresh.index(which).load(layout))
+    lines.index(second).store(fresh.index(which + 1).load(layout))
+    fence_async_shared()  # the next page comes to this place through the other proxy
+    gl.thread_barrier()
+
+
+@gluon.jit
 def attend(
-    q, out, partial, tops, totals, smem, notes, note_ready, done, ready, empty, query_start, num_seqs, num_tokens, heads, slots, qk_scale,
+    q, out, partial, tops, totals, smem, lines, heads_smem, fresh, notes, note_ready, done, ready, empty, query_start, rope, num_seqs, num_tokens,
+    heads, slots, qk_scale, q_stride,
     GROUP: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr,
+    ROPE: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """The attending warps: an item's chunks one after the other, each from nothing, folded in registers."""
     ROWS: gl.constexpr = 16  # of which GROUP count: the least that a tensor-core product takes
@@ -201,6 +245,14 @@ def attend(
     offs_d = gl.arange(0, DIM, gl.SliceLayout(0, mma))
     offs_n = gl.arange(0, PAGE_SIZE, gl.SliceLayout(0, mma))
     offs_v = gl.arange(0, PAGE_SIZE, gl.SliceLayout(1, right))
+    # Pairs of numbers that rotate together, DIM // 2 apart, lie in one thread; a single head is in every warp.
+    HALF: gl.constexpr = DIM // 2
+    QUERIES: gl.constexpr = 8 if GROUP <= 8 else ROWS  # a swizzled matrix has its rows in eights
+    pairs: gl.constexpr = gl.BlockedLayout([1, 2], [64 // HALF, HALF // 2], [WARPS, 1], [1, 0])
+    pair_m = gl.arange(0, QUERIES, gl.SliceLayout(1, pairs))
+    pair_d = gl.arange(0, HALF, gl.SliceLayout(0, pairs))
+    if ROPE:
+        heads_smem.store(gl.zeros([ROWS, DIM], dtype, copy))
 
     wait_for_kernel_before()
     gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -222,9 +274,46 @@ def attend(
         more = seq >= 0
         if more:
             own = (gl.cast(token, gl.int64) * heads + head) * (GROUP * DIM)
-            queries = gl.load(q + own + copy_m[:, None] * DIM + copy_d[None, :], mask=(copy_m < GROUP)[:, None], other=0.0)
-            queries = gl.convert_layout(queries, left)
             first_page, visible, count = cut(length, WINDOW, CHUNK, LIMIT)
+            source = q + (gl.cast(token, gl.int64) * q_stride + head * GROUP) * DIM
+            if ROPE:
+                cos_sin, q_weight, k_weight, eps, token_slots, k_cache, v_cache = rope
+                last = (chunk_end == count) & (visible > 0)  # of the sequence's chunks, with its new key
+                line = (length - 1) % PAGE_SIZE
+                # In the order in which the line lies in the swizzled page: its groups of 8 numbers change places.
+                columns = gl.expand_dims(((pair_d // 8) ^ (line & (HALF // 8 - 1))) * 8 + pair_d % 8, 0)
+                angle = cos_sin + gl.cast(gl.maximum(length - 1, 0), gl.int64) * DIM
+                # All loads come before the first use of one: their latencies are one.
+                source += gl.expand_dims(pair_m, 1) * DIM + gl.expand_dims(pair_d, 0)
+                a, b = load_halves(source, gl.expand_dims(pair_m < GROUP, 1), HALF)
+                cos, sin = load_halves(angle + gl.expand_dims(pair_d, 0), True, HALF)
+                new = q + (gl.cast(token, gl.int64) * q_stride + heads * GROUP + head) * DIM + columns
+                key_a, key_b = load_halves(new, last, HALF)
+                value_a, value_b = load_halves(new + heads * DIM, last, HALF)
+                key_cos, key_sin = load_halves(angle + columns, last, HALF)
+                place = gl.load(token_slots + token)
+                weight_a, weight_b, key_weight_a, key_weight_b = a, b, a, b
+                if NORM:
+                    weight_a, weight_b = load_halves(q_weight + gl.expand_dims(pair_d, 0), True, HALF)
+                    key_weight_a, key_weight_b = load_halves(k_weight + columns, last, HALF)
+                a, b = rope_heads(a, b, weight_a, weight_b, cos, sin, eps, NORM)
+                heads_smem.slice(0, QUERIES).store(gl.join(a, b).permute((0, 2, 1)).reshape([QUERIES, DIM]))
+                queries = heads_smem.load(left)
+                if last:
+                    key_a, key_b = rope_heads(key_a, key_b, key_weight_a, key_weight_b, key_cos, key_sin, eps, NORM)
+                    target = (gl.cast(place // PAGE_SIZE, gl.int64) * heads + head) * (PAGE_SIZE * DIM) + place % PAGE_SIZE * DIM + columns
+                    gl.store(k_cache + target, key_a)
+                    gl.store(k_cache + target + HALF, key_b)
+                    gl.store(v_cache + target, value_a)
+                    gl.store(v_cache + target + HALF, value_b)
+                    swap = (line // 4) % 2 if DIM == WIDTH else 0  # of halves
+                    fresh.index(swap).store(key_a)
+                    fresh.index(1 - swap).store(key_b)
+                    fresh.index(2 + swap).store(value_a)
+                    fresh.index(3 - swap).store(value_b)
+            else:
+                queries = gl.load(source + copy_m[:, None] * DIM + copy_d[None, :], mask=(copy_m < GROUP)[:, None], other=0.0)
+                queries = gl.convert_layout(queries, left)
             lo = 0
             if WINDOW > 0:
                 lo = gl.maximum(length - WINDOW, 0)
@@ -241,6 +330,8 @@ def attend(
                     start = page_at * PAGE_SIZE
                     slot = at % STAGES
                     mbarrier.wait(ready.index(slot), (at // STAGES) & 1)
+                    if ROPE and page_at == first_page + visible - 1:
+                        patch(lines, slot, line, fresh, 0, pairs, DIM)
                     keys = smem.index(slot).permute((1, 0)).load(right)
                     scores = mma_v2(queries, keys, gl.zeros([ROWS, PAGE_SIZE], gl.float32, mma))
                     gl.thread_barrier()
@@ -252,14 +343,16 @@ def attend(
                     if not seen_whole:
                         scores = gl.where(((start + offs_n >= lo) & (start + offs_n < length))[None, :], scores, float("-inf"))
                     new_top = gl.maximum(chunk_top, gl.max(scores, 1) * qk_scale)  # a visible page has a visible key: never -inf
-                    probs = exp2(scores * qk_scale - new_top[:, None])
+                    probs = exp2(gl.fma(scores, qk_scale, -new_top[:, None]))  # written out: with ROPE and without, to the bit the same
                     decay = exp2(chunk_top - new_top)
-                    sums = sums * decay[:, None] + probs
+                    sums = gl.fma(sums, gl.expand_dims(decay, 1), probs)
                     chunk_acc = chunk_acc * decay[:, None]
                     chunk_top = new_top
                     probs = gl.convert_layout(probs.to(dtype), left)
                     slot = at % STAGES
                     mbarrier.wait(ready.index(slot), (at // STAGES) & 1)
+                    if ROPE and page_at == first_page + visible - 1:
+                        patch(lines, slot, line, fresh, 2, pairs, DIM)
                     values = smem.index(slot).load(right)
                     if not seen_whole:  # what lies there may be anything, and a probability of 0 does not silence a NaN
                         values = gl.where(((start + offs_v >= lo) & (start + offs_v < length))[:, None], values, 0.0).to(dtype)
@@ -288,7 +381,7 @@ def finish(
 ):  # fmt: skip
     """The finishing warps count the chunks of split sequences, and fold those of a head once the last is there."""
     ROWS: gl.constexpr = 2 if GROUP <= 2 else 4 if GROUP <= 4 else 8 if GROUP <= 8 else 16
-    BATCH: gl.constexpr = 8 if ROWS <= 8 else 2  # chunks under way at a time: what the registers hold
+    BATCH: gl.constexpr = 8 if ROWS <= 4 else 4 if ROWS == 8 else 1  # chunks under way at a time: what the registers hold
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DIM, DIM // 4], [gl.num_warps(), 1], [1, 0])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     group = gl.arange(0, ROWS, by_row)
@@ -329,19 +422,24 @@ def finish(
 
 
 @gluon.jit(
-    do_not_specialize=["num_seqs", "num_tokens", "heads", "slots", "table_stride"],
-    do_not_specialize_on_alignment=["tops", "totals", "page_table", "rows", "query_start", "lengths"],
+    do_not_specialize=["num_seqs", "num_tokens", "heads", "slots", "q_stride", "table_stride"],
+    do_not_specialize_on_alignment=["tops", "totals", "page_table", "rows", "query_start", "lengths", "q_weight", "k_weight", "token_slots"],
 )
 def decode_hopper_kernel(
-    q, k_desc, v_desc, out, partial, tops, totals, counters, page_table, rows, query_start, lengths, num_seqs, num_tokens, heads, slots,
-    qk_scale, table_stride,
+    q, k_desc, v_desc, out, partial, tops, totals, counters, page_table, rows, query_start, lengths,
+    cos_sin, q_weight, k_weight, eps, token_slots, k_cache, v_cache, num_seqs, num_tokens, heads, slots, qk_scale, q_stride, table_stride,
     GROUP: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, LIMIT: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
+    ROPE: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs of 4 warps and their helpers. Sequences whose number of queries is not 1 are left alone.
 
-    Begins to read pages before the kernels ahead of it are complete: the last one may write the queries and each sequence's last key and
-    value; no other thing that is read here may be the work of the last two. k_desc, v_desc: the caches as [pages * heads * PAGE_SIZE, DIM]
-    in boxes [PAGE_SIZE, WIDTH]. BLOCK: how many sequences are looked at in one go.
+    Begins to read before the kernel ahead of it is complete. That one may be at work on q and, without ROPE, on each sequence's last key and
+    value; page_table, rows, query_start, lengths and all other keys and values must be complete when it starts, which pdl.py's rule makes of the
+    work of all kernels before it. rope_qkv_cache breaks that rule: behind it they must not be the work of the kernel before it, either.
+    ROPE: q is the first heads of qkv, not yet normed (NORM) and rotated, with heads for the new keys and values behind them. They become those
+    of position length - 1, in slot token_slots[token] of the caches; what lies there is never used.
+    k_desc, v_desc: the caches as [pages * heads * PAGE_SIZE, DIM] in boxes [PAGE_SIZE, WIDTH]. q_stride: from token to token, in heads.
+    BLOCK: how many sequences are looked at in one go.
     Scratch, fp32: partial [B, heads, slots, GROUP, DIM], tops and totals [B, heads, slots, GROUP], with slots for a sequence's chunks.
     counters: 2 + B * heads zeros, and zeros again at the end."""
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -350,6 +448,9 @@ def decode_hopper_kernel(
     smem = gl.allocate_shared_memory(dtype, [STAGES, PAGE_SIZE, DIM], matrix)
     # A swizzled matrix is its column blocks of WIDTH, one after the other, each of them rows of 128 bytes: the boxes as they arrive.
     boxes = smem._reinterpret(dtype, [STAGES * (DIM // WIDTH), PAGE_SIZE, WIDTH], matrix)
+    lines = smem._reinterpret(dtype, [STAGES * PAGE_SIZE * 2, 1, DIM // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    heads_smem = gl.allocate_shared_memory(dtype, [16, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    fresh = gl.allocate_shared_memory(dtype, [4, 1, DIM // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     notes = gl.allocate_shared_memory(gl.int32, [NOTES * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -364,15 +465,16 @@ def decode_hopper_kernel(
         mbarrier.init(note_empty.index(i), count=1)
         mbarrier.init(done.index(i), count=1)
     fence_async_shared()
+    rope = (cos_sin, q_weight, k_weight, eps, token_slots, k_cache, v_cache)
     gl.warp_specialize(
         [
-            (attend, (q, out, partial, tops, totals, smem, notes, note_ready, done, ready, empty, query_start, num_seqs, num_tokens, heads,
-                      slots, qk_scale, GROUP, DIM, WINDOW, CHUNK, LIMIT, STAGES)),
+            (attend, (q, out, partial, tops, totals, smem, lines, heads_smem, fresh, notes, note_ready, done, ready, empty, query_start, rope,
+                      num_seqs, num_tokens, heads, slots, qk_scale, q_stride, GROUP, DIM, WINDOW, CHUNK, LIMIT, STAGES, ROPE, NORM)),
             (copy_pages, (k_desc, v_desc, boxes, notes, note_ready, note_empty, ready, empty, counters, page_table, rows, query_start,
-                          lengths, num_seqs, heads, table_stride, DIM, WINDOW, CHUNK, LIMIT, STAGES, BLOCK)),
+                          lengths, num_seqs, heads, table_stride, DIM, WINDOW, CHUNK, LIMIT, STAGES, BLOCK, ROPE)),
             (finish, (out, partial, tops, totals, notes, note_ready, note_empty, done, counters, heads, slots,
                       GROUP, DIM, WINDOW, CHUNK, LIMIT)),
         ],
         [1, 2],
-        [96, 96],  # registers a thread; the first gets what is left of 128 * 8 warps: 160
+        [80, 80],  # registers a thread; the first gets what is left of 128 * 8 warps: 176
     )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,16 +31,21 @@ RING_BYTES = 49_152  # of a program's pages on their way: more were no faster, a
 
 
 def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether the kernels here can have these: by the model's shape and the GPU alone."""
-    heads, size, dim = k_cache.shape[1:]
-    fits = dim in (64, 128) and size == PAGE_SIZE and q.shape[1] // heads <= 64 and q.element_size() == 2 and q.is_contiguous()
-    if not fits or not q.is_cuda or k_cache.dtype != q.dtype:
-        return False
-    return k_cache.is_contiguous() and v_cache.is_contiguous() and multiprocessors(q.device) > 0
+    """Whether the prefill kernel can have these: by the model's shape and the GPU alone."""
+    return q.is_contiguous() and _fits(q, k_cache, v_cache)
 
 
 def takes_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    return q.shape[1] // k_cache.shape[1] <= 16 and takes(q, k_cache, v_cache)
+    """Whether the decode kernel can, likewise. Its q may have tokens' rows apart, as they are in qkv."""
+    return q.shape[1] // k_cache.shape[1] <= 16 and q.stride(0) % q.shape[2] == 0 and _fits(q, k_cache, v_cache)
+
+
+def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    heads, size, dim = k_cache.shape[1:]
+    fits = dim in (64, 128) and size == PAGE_SIZE and q.shape[1] // heads <= 64 and q.element_size() == 2
+    if not fits or not q.is_cuda or k_cache.dtype != q.dtype or q.stride()[1:] != (dim, 1):
+        return False
+    return k_cache.is_contiguous() and v_cache.is_contiguous() and multiprocessors(q.device) > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +125,23 @@ def prefill(
     _launch(prefill_hopper_kernel, programs, arguments, shape, (kv_heads, q.dtype), num_warps=4, maxnreg=168)
 
 
+class Rope(NamedTuple):
+    """What decode needs to do rope_qkv_cache's work as well."""
+
+    cos_sin: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    eps: float
+    slots: Tensor
+
+
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, page_table: Tensor, rows: Tensor, query_start: Tensor, lengths: Tensor,
-    scale: float, window: int, max_length: int,
+    scale: float, window: int, max_length: int, rope: Rope | None = None,
 ) -> None:  # fmt: skip
-    """Pages, tables and lengths must be complete before the kernel ahead starts, and the one ahead of that if it is rope_qkv_cache, which lets
+    """With `rope`, q is the first heads of qkv [tokens, heads + 2 * kv_heads, dim]: rope_qkv_cache and attention in one.
+
+    The cache, tables and lengths must be complete before the kernel ahead starts, and the one ahead of that if it is rope_qkv_cache, which lets
     this one start at once; except for each sequence's last key and value."""
     tokens, heads, dim = q.shape
     kv_heads, sequences = k_cache.shape[1], len(rows)
@@ -135,11 +152,13 @@ def decode(
     scratch = torch.empty(pairs * slots * group * (dim + 2), dtype=torch.float32, device=q.device)
     partial, tops, totals = scratch.split([pairs * slots * group * n for n in (dim, 1, 1)])
     counters = _zeros(q.device, triton.next_power_of_2(2 + pairs))
+    norm = rope is not None and rope.q_weight is not None and rope.k_weight is not None
+    rope_arguments = (None,) * 7 if rope is None else (*rope, k_cache, v_cache)
     arguments = (
-        q, *_cache_maps(k_cache, v_cache), out, partial, tops, totals, counters, page_table, rows, query_start, lengths, sequences, tokens,
-        kv_heads, slots, scale * LOG2E, page_table.stride(0),
+        q, *_cache_maps(k_cache, v_cache), out, partial, tops, totals, counters, page_table, rows, query_start, lengths,
+        *rope_arguments, sequences, tokens, kv_heads, slots, scale * LOG2E, q.stride(0) // dim, page_table.stride(0),
     )  # fmt: skip
     block = 32 if sequences <= 32 else 256
-    shape = (group, dim, window, CHUNK, limit, RING_BYTES // (PAGE_SIZE * dim * 2), block)
+    shape = (group, dim, window, CHUNK, limit, RING_BYTES // (PAGE_SIZE * dim * 2), block, rope is not None, norm)
     programs = min(pairs * slots, PROGRAMS * multiprocessors(q.device))
     _launch(decode_hopper_kernel, programs, arguments, shape, (q.dtype,), num_warps=4, maxnreg=128, launch_pdl=True)

@@ -11,14 +11,26 @@ from miniinfer.kernels.triton import pdl
 
 
 @triton.jit
-def _normed(a, b, weight, half_at, half_mask, eps, HALF: tl.constexpr, dtype: tl.constexpr):
-    """RMS norm of heads held as two halves [heads, BLOCK_HALF], rounded as the reference rounds."""
-    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
-    weight_a = tl.load(weight + half_at, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-    weight_b = tl.load(weight + HALF + half_at, mask=half_mask, other=0.0).to(tl.float32)[None, :]
-    a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
-    b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
-    return a, b
+def inverse_rms(a, b, eps, HALF: tl.constexpr):
+    """1 / rms of heads held as two halves [heads, N], zeros from HALF on. Neighbours are added up pair by pair: a sum whose order is not the
+    layout's, so that a head is the same to the bit in every kernel and launch."""
+    total = tl.fma(a, a, b * b)
+    for _ in tl.static_range(9):  # halves of up to 512
+        if total.shape[1] > 1:
+            total = tl.sum(tl.reshape(total, [total.shape[0], total.shape[1] // 2, 2]), 2)
+    return tl.rsqrt(tl.fma(tl.reshape(total, [total.shape[0]]), 0.5 / HALF, eps))
+
+
+@triton.jit
+def normed(a, scale, weight, dtype: tl.constexpr):
+    """As the reference rounds."""
+    return ((a * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def rotated(a, b, cos, sin):
+    """Both halves, in fp32. Written out to the rounding, which two compilations of a sum of products need not agree on."""
+    return tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
 
 
 @triton.jit(do_not_specialize=["qkv_stride"])
@@ -54,11 +66,13 @@ def _rope_qkv_cache_kernel(
             weight = k_weight
             if is_q:
                 weight = q_weight
-            a, b = _normed(a, b, weight, half_at, half_mask, eps, HALF, dtype)
+            scale = inverse_rms(a, b, eps, HALF)[:, None]
+            a = normed(a, scale, tl.load(weight + half_at, mask=half_mask, other=0.0)[None, :], dtype)
+            b = normed(b, scale, tl.load(weight + HALF + half_at, mask=half_mask, other=0.0)[None, :], dtype)
         angle = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * HALF) + half_at
         cos = tl.load(angle, mask=half_mask, other=0.0)[None, :]
         sin = tl.load(angle + HALF, mask=half_mask, other=0.0)[None, :]
-        a, b = a * cos - b * sin, b * cos + a * sin
+        a, b = rotated(a, b, cos, sin)
 
     if is_q:
         target = q_out + (token * NUM_HEADS + heads[:, None]) * (2 * HALF) + half_at[None, :]
