@@ -155,18 +155,22 @@ def check_rope_decode(what: str, dtype: torch.dtype, *case, **options) -> None: 
     close(out, ref.paged_attention(q.float(), *wide, *place), what, dtype, bf16=1e-2)
 
 
-LENGTHS = [1, 63, 64, 65, 0, 128, 129, 192, 193, 1000, 0, 5000, 2]
+ROPE_CASES = [  # heads, kv heads, dim, window, norm, type: each compiles two kernels of its own
+    *((*heads, 128, 0, True, BF16) for heads in ((8, 8), (16, 8), (32, 8), (28, 4), (32, 4), (12, 1), (16, 1))),
+    *((*heads, 64, 0, norm, BF16) for heads, norm in (((8, 8), True), ((32, 8), False), ((28, 4), True), ((16, 1), False))),
+    *((32, 8, 128, window, False, BF16) for window in (0, 64, 130)),
+    (16, 4, 64, 130, True, BF16),
+    (16, 8, 128, 0, True, torch.float16),
+    (32, 4, 64, 0, False, torch.float16),
+]
 
 
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("heads", [(8, 8), (16, 8), (32, 8), (28, 4), (32, 4), (12, 1), (16, 1)], ids=str)
-def test_rope_in_decode(heads: tuple[int, int], dim: int, norm: bool) -> None:
-    for window in (0, 64, 130):
-        check_rope_decode(f"{heads} {dim} window={window} norm={norm}", BF16, LENGTHS, *heads, dim, window, norm, padding=3)
-    check_rope_decode(f"{heads} {dim} fp16", torch.float16, LENGTHS, *heads, dim, 0, norm)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "norm", "dtype"), ROPE_CASES)
+def test_rope_in_decode(heads: int, kv_heads: int, dim: int, window: int, norm: bool, dtype: torch.dtype) -> None:
+    shape = heads, kv_heads, dim, window, norm
+    check_rope_decode("mixed lengths", dtype, [1, 63, 64, 65, 0, 128, 129, 192, 193, 1000, 0, 5000, 2], *shape, padding=3)
     for length in (1, 64, 65, 500, 4096, 9001):
-        check_rope_decode(f"{heads} {dim} alone, length={length}", BF16, [length], *heads, dim, 0, norm)
+        check_rope_decode(f"alone, length={length}", dtype, [length], *shape)
 
 
 @pytest.mark.parametrize("batch", [7, 33, 130, 300, 600])

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from miniinfer.kernels.triton.rope import inverse_rms, normed, rotated
 
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed after Triton 3.6
 PAGE_SIZE = gl.constexpr(64)
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 NOTES = gl.constexpr(4)  # notes from the copying warp that may wait to be done with
@@ -219,7 +220,7 @@ def patch(lines, slot, line, fresh, which: gl.constexpr, layout: gl.constexpr, D
     lines.index(first).store(fresh.index(which).load(layout))
     lines.index(second).store(fresh.index(which + 1).load(layout))
     fence_async_shared()  # the next page comes to this place through the other proxy
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -334,7 +335,7 @@ def attend(
                         patch(lines, slot, line, fresh, 0, pairs, DIM)
                     keys = smem.index(slot).permute((1, 0)).load(right)
                     scores = mma_v2(queries, keys, gl.zeros([ROWS, PAGE_SIZE], gl.float32, mma))
-                    gl.thread_barrier()
+                    thread_barrier()
                     mbarrier.arrive(empty.index(slot), count=1)
                     at += 1
                     seen_whole = start + PAGE_SIZE <= length
@@ -357,7 +358,7 @@ def attend(
                     if not seen_whole:  # what lies there may be anything, and a probability of 0 does not silence a NaN
                         values = gl.where(((start + offs_v >= lo) & (start + offs_v < length))[:, None], values, 0.0).to(dtype)
                     chunk_acc = mma_v2(probs, values, chunk_acc)
-                    gl.thread_barrier()
+                    thread_barrier()
                     mbarrier.arrive(empty.index(slot), count=1)
                     at += 1
                     page_at += 1
@@ -370,7 +371,7 @@ def attend(
                 gl.store(partial + row[:, None] * DIM + offs_d[None, :], acc, mask=(offs_m < GROUP)[:, None])
                 gl.store(tops + row, top, mask=offs_m < GROUP)
                 gl.store(totals + row, total, mask=offs_m < GROUP)
-            gl.thread_barrier()  # all that was written, before it counts
+            thread_barrier()  # all that was written, before it counts
             mbarrier.arrive(done.index(note), count=1)
 
 
