@@ -368,6 +368,12 @@ def check_moe(device: str, dtype: torch.dtype, full: bool) -> None:
         out = ops.moe(x, logits, w13, w2, *args)
         close(out, reference.moe(x.float(), logits.float(), w13.float(), w2.float(), *args), what, dtype, bf16=1e-2)
         same(ops.moe(x, logits, w13, w2, *args), out, f"{what} again")
+        residual, norm = torch.randn_like(x), torch.rand(hidden, device=device).to(dtype) + 0.5
+        want, total = ops.add_rms_norm(out, residual.clone(), norm, 1e-6)
+        normed, summed = ops.moe_into_norm(x, logits, w13, w2, *args, residual, norm, 1e-6)
+        assert summed is residual
+        same(summed, total, f"{what} residual")
+        same(normed, want, f"{what} normed")
     logits = torch.zeros(3, 8, device=device, dtype=dtype)  # every expert ties: the lowest are taken
     x, w13, w2 = (torch.randn(*s, device=device, dtype=dtype) for s in ((3, 32), (8, 32, 32), (8, 32, 16)))
     close(ops.moe(x, logits, w13, w2, 2, True), ops.moe(x, logits[:, :2], w13[:2], w2[:2], 2, True), "ties to the lower expert", dtype)

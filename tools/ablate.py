@@ -54,7 +54,7 @@ def no_folded_norm() -> None:
     """Every norm a kernel of its own."""
     from miniinfer.kernels import triton
 
-    triton.pack_into_norm = None  # type: ignore[assignment]
+    triton.pack_into_norm = triton.moe_into_norm = None  # type: ignore[assignment]
 
 
 def no_decode_attention() -> None:

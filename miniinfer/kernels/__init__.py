@@ -39,6 +39,7 @@ class Ops:
     deliver: Callable[..., Any]
     copy_pages: Callable[..., Any]
     rope_paged_attention: Callable[..., Any] | None  # rope_qkv_cache, then paged_attention with its result for q; None = the two
+    moe_into_norm: Callable[..., Any] | None  # (moe's arguments, residual, norm, eps) -> as add_rms_norm of its result; None = the two
     pack_linear: Callable[..., Any] | None  # (weight [N, K], bias) -> (x -> y), called once per linear layer at load; None = F.linear
     pack_gated: Callable[..., Any] | None  # (weight [2 I, K], bias) -> (x -> silu_mul of the product), likewise; None = linear, then silu_mul
     pack_into_norm: Callable[..., Any] | None  # (weight, bias, norm, eps, weight of the product behind) -> ((x, residual) -> (normed, sum))

@@ -63,7 +63,7 @@ class SparseMLP(Layer):
 
     def into(self, norm: RMSNorm, x: Tensor, residual: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
         """See Linear.into."""
-        return norm(self(x, ops), residual, ops)
-
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.moe(x, self.router(x), self.w13, self.w2, self.top_k, self.renormalize)
+        experts = (x, self.router(x), self.w13, self.w2, self.top_k, self.renormalize)
+        if ops.moe_into_norm is None:
+            return norm(ops.moe(*experts), residual, ops)
+        return ops.moe_into_norm(*experts, residual, norm.weight, norm.eps)

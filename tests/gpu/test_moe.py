@@ -65,6 +65,24 @@ def test_a_token_does_not_depend_on_the_others(shape: tuple[int, int, int, int])
         same(experts.moe(x[some], logits[some], w13, w2, shape[3], True, few=0), whole[some], f"tokens {some}, few=0")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_norm_behind_changes_no_bit(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Taken with the sum of a token's parts, against the kernels of its own."""
+    norm = torch.rand(shape[0], device="cuda").to(dtype) + 0.5
+    for tokens in (1, 2, 3, 32, 200, 1000):
+        args = case(shape, tokens, dtype, "uniform")
+        start = torch.randn(tokens, shape[0], device="cuda").to(dtype) * 3
+        for few in (0, experts.FEW):
+            want, total = triton_ops().add_rms_norm(experts.moe(*args, shape[3], True, few=few), start.clone(), norm, 1e-5)
+            residual = start.clone()
+            poison("cuda", (tokens * shape[3] * shape[0],), (tokens, shape[0]))
+            normed, summed = experts.moe_into_norm(*args, shape[3], True, residual, norm, 1e-5, few=few)
+            assert summed is residual
+            same(summed, total, f"T={tokens} few={few}: sum")
+            same(normed, want, f"T={tokens} few={few}: normed")
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 200, 2048])
 def test_a_graph_follows_its_inputs(tokens: int) -> None:
     shape = SHAPES[0]

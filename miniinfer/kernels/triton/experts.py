@@ -2,8 +2,8 @@
 
 Up to FEW tokens go through their experts one by one, in two launches that read the weights by rows. For more, every expert lists its (token,
 choice) pairs, and the products run over those lists without a gathered copy: on Hopper in experts_hopper.py, elsewhere here. The down
-product leaves each pair's part, and a last kernel sums a token's parts by weight, in the order of choice. No place in a list and no order
-of sums is left to chance.
+product leaves each pair's part, and a last kernel sums a token's parts by weight, in the order of choice, and takes the norm behind the
+experts if there is one. No place in a list and no order of sums is left to chance.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from miniinfer.kernels.triton import pdl
+from miniinfer.kernels.triton.rowwise import add_rms_norm, norm_row, norm_tile
 
 try:
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -214,8 +215,9 @@ def _expert_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts, weights, out, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Program (t, i): a block of columns of out[t] = sum over j of weights[t, j] * parts[t * K + j], in fp32, in the order of j."""
+def _sum_kernel(parts, weights, residual, norm, out, size, eps, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program (t, i): a block of columns of out[t] = sum over j of weights[t, j] * parts[t * K + j], in fp32, in the order of j.
+    With a residual, a whole row: the sum is added to it in place, and out is the RMS norm of that, all rounded as add_rms_norm does."""
     pdl.begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -223,7 +225,13 @@ def _sum_kernel(parts, weights, out, size, TOP_K: tl.constexpr, BLOCK: tl.conste
     for j in tl.static_range(TOP_K):
         part = tl.load(parts + (token * TOP_K + j) * size + cols, mask=cols < size, other=0.0).to(tl.float32)
         acc += part * tl.load(weights + token * TOP_K + j)
-    tl.store(out + token * size + cols, acc.to(out.dtype.element_ty), mask=cols < size)
+    dtype: tl.constexpr = out.dtype.element_ty
+    if residual is not None:
+        acc = acc.to(dtype).to(tl.float32) + tl.load(residual + token * size + cols, mask=cols < size, other=0.0).to(tl.float32)
+        total = acc.to(dtype)
+        tl.store(residual + token * size + cols, total, mask=cols < size)
+        acc = norm_row(total.to(tl.float32), norm, cols, cols < size, size, eps, dtype)
+    tl.store(out + token * size + cols, acc.to(dtype), mask=cols < size)
 
 
 # -------------------------------------------------------------------------------------------------------------- launch
@@ -266,34 +274,87 @@ def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, r
 
     A token's result does not depend on the others, but on how many there are: of up to `few` the sums may be taken in another order. With
     few = 0 it depends on nothing else."""
-    (tokens, hidden), (experts, _, inner) = x.shape, w2.shape
-    assert x.stride(1) == 1 and router_logits.stride(1) == 1 and w13.is_contiguous() and w2.is_contiguous()
-    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    if not tokens:
-        return out
-    pairs, options = tokens * top_k, pdl.launch_options(tokens)
-    at_once = 1 if tokens <= 64 else 4
-    block = min(8192, max(256, triton.next_power_of_2(pairs)))
-    weights = torch.empty(pairs, dtype=torch.float32, device=x.device)
-    chosen = torch.empty(triton.cdiv(pairs, block) * block, dtype=torch.int16, device=x.device)
-    active = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
+    if not len(x):
+        return torch.empty_like(x)
+    weights, chosen = _choose_experts(router_logits, top_k, renormalize)
+    if _one_by_one(len(x), top_k, len(w2), few):
+        return _few(x, weights, chosen, w13, w2, top_k)
+    parts, out = _parts(x, chosen, w13, w2, top_k), torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = x.shape[1]
+    block = min(triton.next_power_of_2(size), 1024)
+    grid = (len(x), triton.cdiv(size, block))
+    _sum_kernel[grid](parts, weights, None, None, out, size, 0.0, TOP_K=top_k, BLOCK=block, num_warps=4, **_options(len(x)))
+    return out
+
+
+def moe_into_norm(
+    x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, renormalize: bool,
+    residual: Tensor, norm: Tensor, eps: float, few: int = FEW,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """add_rms_norm(moe(...), residual, norm, eps), to the bit."""
+    assert residual.is_contiguous()
+    if not len(x):
+        return torch.empty_like(x), residual
+    weights, chosen = _choose_experts(router_logits, top_k, renormalize)
+    if _one_by_one(len(x), top_k, len(w2), few):
+        return add_rms_norm(_few(x, weights, chosen, w13, w2, top_k), residual, norm, eps)
+    parts, out = _parts(x, chosen, w13, w2, top_k), torch.empty_like(residual)
+    size = x.shape[1]
+    _sum_kernel[(len(x),)](parts, weights, residual, norm, out, size, eps, TOP_K=top_k, **norm_tile(size), **_options(len(x)))
+    return out, residual
+
+
+def _options(tokens: int) -> dict[str, bool]:
+    """Of all launches but the first: what comes before is ours, and no large product."""
+    return pdl.launch_options(min(tokens, pdl.FEW_TOKENS))
+
+
+def _one_by_one(tokens: int, top_k: int, experts: int, few: int) -> bool:
+    return tokens <= few and (tokens == 1 or 4 * tokens * top_k <= experts)
+
+
+def _choose_experts(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """What _choose_kernel writes; there is room for whole blocks of _list_kernel behind what is chosen."""
+    assert router_logits.stride(1) == 1
+    tokens, experts = router_logits.shape
+    pairs, at_once = tokens * top_k, 1 if tokens <= 64 else 4
+    weights = torch.empty(pairs, dtype=torch.float32, device=router_logits.device)
+    chosen = torch.empty(triton.cdiv(pairs, _list_block(pairs)) * _list_block(pairs), dtype=torch.int16, device=router_logits.device)
     _choose_kernel[(triton.cdiv(tokens, at_once),)](
         router_logits, weights, chosen, tokens, router_logits.stride(0), EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_T=at_once, TOP_K=top_k, RENORMALIZE=renormalize, num_warps=at_once, **options,
+        BLOCK_T=at_once, TOP_K=top_k, RENORMALIZE=renormalize, num_warps=at_once, **pdl.launch_options(tokens),
     )  # fmt: skip
-    options = pdl.launch_options(min(tokens, pdl.FEW_TOKENS))  # from here on what comes before is ours, and no large product
-    if tokens <= few and (tokens == 1 or 4 * pairs <= experts):
-        _few_gate_up_kernel[(triton.cdiv(inner, 2), top_k, tokens)](
-            x, chosen, w13, active, x.stride(0), TOP_K=top_k,
-            SIZE_N=inner, SIZE_K=hidden, BLOCK_N=2, BLOCK_K=min(2048, triton.next_power_of_2(hidden)), num_warps=4, **options,
-        )  # fmt: skip
-        choices = triton.next_power_of_2(top_k)
-        _few_down_kernel[(triton.cdiv(hidden, 2), tokens)](
-            active, chosen, weights, w2, out, TOP_K=top_k, BLOCK_C=choices,
-            SIZE_N=hidden, SIZE_K=inner, BLOCK_N=2, BLOCK_K=max(16, 2048 // choices), num_warps=8, **options,
-        )  # fmt: skip
-        return out
+    return weights, chosen
 
+
+def _list_block(pairs: int) -> int:
+    return min(8192, max(256, triton.next_power_of_2(pairs)))
+
+
+def _few(x: Tensor, weights: Tensor, chosen: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
+    """The tokens' results [T, hidden], one by one."""
+    tokens, (_, hidden, inner), options = len(x), w2.shape, _options(len(x))
+    assert x.stride(1) == 1 and w13.is_contiguous() and w2.is_contiguous()
+    active = torch.empty(tokens * top_k, inner, dtype=x.dtype, device=x.device)
+    _few_gate_up_kernel[(triton.cdiv(inner, 2), top_k, tokens)](
+        x, chosen, w13, active, x.stride(0), TOP_K=top_k,
+        SIZE_N=inner, SIZE_K=hidden, BLOCK_N=2, BLOCK_K=min(2048, triton.next_power_of_2(hidden)), num_warps=4, **options,
+    )  # fmt: skip
+    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    choices = triton.next_power_of_2(top_k)
+    _few_down_kernel[(triton.cdiv(hidden, 2), tokens)](
+        active, chosen, weights, w2, out, TOP_K=top_k, BLOCK_C=choices,
+        SIZE_N=hidden, SIZE_K=inner, BLOCK_N=2, BLOCK_K=max(16, 2048 // choices), num_warps=8, **options,
+    )  # fmt: skip
+    return out
+
+
+def _parts(x: Tensor, chosen: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
+    """Each pair's part of its token's result, [T * K, hidden], by the experts' lists."""
+    tokens, (experts, hidden, inner), options = len(x), w2.shape, _options(len(x))
+    assert x.stride(1) == 1 and w13.is_contiguous() and w2.is_contiguous()
+    pairs, block = tokens * top_k, _list_block(tokens * top_k)
+    active = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=x.device)
     tickets = torch.empty(2, dtype=torch.int32, device=x.device)
@@ -302,9 +363,7 @@ def moe(x: Tensor, router_logits: Tensor, w13: Tensor, w2: Tensor, top_k: int, r
     product = _product_hopper if _takes_hopper(x, w13, w2) else _product
     product(x, w13, active, order, offsets, tickets[:1], top_k, True, options)
     product(active, w2, parts, order, offsets, tickets[1:], top_k, False, options)
-    block = min(triton.next_power_of_2(hidden), 1024)
-    _sum_kernel[(tokens, triton.cdiv(hidden, block))](parts, weights, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **options)
-    return out
+    return parts
 
 
 def _product_hopper(

@@ -14,6 +14,14 @@ from torch import Tensor
 from miniinfer.kernels.triton import pdl
 
 
+@triton.jit
+def norm_row(value, weight, cols, mask, size, eps, dtype: tl.constexpr):
+    """The RMS norm of `size` numbers [BLOCK] fp32, with zeros behind them; fp32, to be rounded to `dtype`."""
+    scale = tl.rsqrt(tl.sum(value * value) / size + eps)
+    normed = (value * scale).to(dtype).to(tl.float32)
+    return normed * tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["x_stride"])
 def _rms_norm_kernel(x, residual, weight, out, x_stride, size, eps, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     pdl.begin(PDL)
@@ -26,20 +34,23 @@ def _rms_norm_kernel(x, residual, weight, out, x_stride, size, eps, BLOCK: tl.co
         value = value.to(residual.dtype.element_ty)
         tl.store(residual + row * size + cols, value, mask=mask)
         value = value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value) / size + eps)
-    normed = (value * scale).to(x.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * size + cols, normed * tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    tl.store(out + row * size + cols, norm_row(value, weight, cols, mask, size, eps, x.dtype.element_ty), mask=mask)
+
+
+def norm_tile(size: int) -> dict[str, int]:
+    """Block and warps of a kernel that norms rows of `size` numbers: norm_row sums in the same order in all that take these."""
+    block = triton.next_power_of_2(size)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 def _norm_launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     size = x.shape[-1]
     rows = x.reshape(-1, size) if x.stride(-1) == 1 else x.contiguous().view(-1, size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
             rows, residual, weight, out, rows.stride(0), size, eps,
-            BLOCK=block, ADD=residual is not None, num_warps=min(max(block // 512, 1), 16), **pdl.launch_options(len(rows)),
+            ADD=residual is not None, **norm_tile(size), **pdl.launch_options(len(rows)),
         )  # fmt: skip
     return out
 
