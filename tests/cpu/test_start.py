@@ -120,7 +120,7 @@ def test_models_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs"), [(6144, 4096), (4096, 12_288), (24_576, 4096), (6144, 1024), (1024, 2048), (2048, 4096), (151_936, 2048)]
+    ("rows", "inputs"), [(6144, 4096), (4096, 12_288), (24_576, 4096), (6144, 1024), (1024, 2048), (1024, 3072), (2048, 4096), (151_936, 2048)]
 )
 def test_a_rehearsal_meets_the_tiles_of_every_batch(rows: int, inputs: int) -> None:
     """Else the first step of a batch size would wait seconds for its kernels."""
