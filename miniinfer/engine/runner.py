@@ -203,7 +203,7 @@ class Runner:
             tokens.append(sampler.sample(allowed, rows, rows.sample_rows[part], rows.sample_positions[part], flags, longest, self.ops))
             if plan.logprobs >= 0:
                 found.append(sampler.logprobs(logits[part], tokens[-1], plan.logprobs))
-        self.ops.deliver(torch.cat(tokens), self._results.host, rows.turns)
+        self.ops.deliver(torch.cat(tokens) if len(tokens) > 1 else tokens[0], self._results.host, rows.turns)
         if found:
             ids, values, ranks = (torch.cat(parts) for parts in zip(*found, strict=True))
             pending.logprobs = self._to_host(ids), self._to_host(values), self._to_host(ranks)
