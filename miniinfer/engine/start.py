@@ -127,8 +127,8 @@ def shapes(runner: Runner) -> list[Shape]:
 
 
 def _sizes(limit: int) -> list[int]:
-    """Close together where kernels differ by size, and beyond 1024 they do not."""
-    return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 576, 1024) if n < limit] + [limit]
+    """Close together where kernels differ by size, and beyond 2048 they do not."""
+    return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 576, 1024, 2048) if n < limit] + [limit]
 
 
 @torch.inference_mode()
