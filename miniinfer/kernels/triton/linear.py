@@ -1,7 +1,7 @@
 """Linear layers of few tokens, where the product is a read of the weight: which kernel reads it at the memory's rate.
 
 One token: a program takes rows of the weight whole, in registers, and has the first of them under way before its inputs are there
-(`_rows_kernel`). More: linear_hopper.py, up to its `most_tokens`; on other GPUs, and for weights of few rows, tensor-core tiles of weight rows by
+(`_rows_kernel`). More: linear_hopper.py, where that `pays`; on other GPUs, and for weights of few rows, tensor-core tiles of weight rows by
 tokens up to MAX_TOKENS, with the inputs split over programs where rows are few (`_tile_kernel`). More tokens yet are F.linear's, or
 matmul_hopper.py's where that pays; fp32 and odd shapes F.linear's at any number.
 
@@ -203,12 +203,12 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Function:
     if not _readable(weight):
         return lambda x: F.linear(x, weight, bias)
     rows = rows_for(n, k)
-    few, most = _few(weight, bias)
+    few, pays = _few(weight, bias)
 
     def apply(x: Tensor | Unscaled) -> Tensor:
         if isinstance(x, Unscaled):
             return few(x)
-        if not _by_rows(x, weight) or len(x) > most:
+        if not _by_rows(x, weight) or not pays(len(x)):
             return F.linear(x, weight, bias)
         return by_rows(x, weight, bias, rows) if len(x) == 1 else few(x)
 
@@ -221,13 +221,13 @@ def pack_gated(weight: Tensor, bias: Tensor | None) -> Function:
     if not _readable(weight) or linear_hopper is None or not linear_hopper.takes(weight, gated=True):
         return lambda x: silu_mul(plain(x))
     rows = rows_for(*weight.shape)
-    few, most = linear_hopper.pack(weight, bias, gated=True), linear_hopper.most_tokens(weight)
+    few = linear_hopper.pack(weight, bias, gated=True)
     many = matmul_hopper.pack(weight, bias, gated=True) if bias is None else None
 
     def apply(x: Tensor | Unscaled) -> Tensor:
         if isinstance(x, Unscaled):
             return few(x)
-        if _by_rows(x, weight) and len(x) <= most:
+        if _by_rows(x, weight) and linear_hopper.pays(len(x), weight):
             return by_rows(x, weight, bias, rows, gated=True) if len(x) == 1 else few(x)
         if many is not None and _by_rows(x, weight) and matmul_hopper.pays(len(x), weight):
             return many(x)
@@ -303,11 +303,11 @@ def _by_rows(x: Tensor, weight: Tensor) -> bool:
     return x.ndim == 2 and len(x) > 0 and x.dtype == weight.dtype and x.stride(1) == 1
 
 
-def _few(weight: Tensor, bias: Tensor | None) -> tuple[Function, int]:
-    """The product of few tokens, and how many those are at most."""
+def _few(weight: Tensor, bias: Tensor | None) -> tuple[Function, Callable[[int], bool]]:
+    """The product of few tokens, and whether it pays for so many."""
     n, k = weight.shape
     if n >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight):
-        return linear_hopper.pack(weight, bias), linear_hopper.most_tokens(weight)
+        return linear_hopper.pack(weight, bias), lambda tokens: linear_hopper.pays(tokens, weight)
     tiles = tiles_for(n, k)
     counters = torch.zeros(triton.cdiv(n, tiles.block_n), dtype=torch.int32, device=weight.device)
-    return lambda x: tiled(x, weight, bias, counters, tiles), MAX_TOKENS
+    return lambda x: tiled(x, weight, bias, counters, tiles), lambda tokens: tokens <= MAX_TOKENS

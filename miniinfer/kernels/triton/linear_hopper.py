@@ -24,8 +24,8 @@ from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 from miniinfer.kernels.triton.unscaled import Unscaled
 
 ROWS = 64  # of a weight, that a group of four warps takes
-MAX_TOKENS = 128  # above it tiles of many tokens are faster, or
-MORE_TOKENS = 256  # above this many for weights of at most
+FEW_TOKENS, MAX_TOKENS = 32, 128  # above them tiles have to be full, and tiles of many tokens are faster
+MORE_TOKENS = 256  # the latter for weights of at most
 SMALL = 8 << 20  # numbers
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
@@ -293,9 +293,12 @@ def small(weight: Tensor) -> bool:
     return weight.numel() <= SMALL
 
 
-def most_tokens(weight: Tensor) -> int:
-    """Up to how many tokens this is the fastest way."""
-    return MORE_TOKENS if small(weight) else MAX_TOKENS
+def pays(tokens: int, weight: Tensor) -> bool:
+    """Whether this is as fast a way as any. Of large weights a tile of many tokens has to be full: copies of tokens that do not exist are slow,
+    8B with 96 of 128 by a seventh."""
+    if small(weight):
+        return tokens <= MORE_TOKENS
+    return tokens <= FEW_TOKENS or (tokens <= MAX_TOKENS and tokens % 64 == 0)
 
 
 def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[..., Tensor]:
