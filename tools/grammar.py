@@ -28,6 +28,7 @@ from schemas import WRITTEN, generated  # noqa: E402
 
 from miniinfer.data import SamplingParams, StructuredOutputsParams  # noqa: E402
 from miniinfer.engine.guidance import Backend  # noqa: E402
+from miniinfer.engine.text import byte_alphabet  # noqa: E402
 from miniinfer.models.hub import BUNDLED  # noqa: E402
 
 LONGEST = 400  # tokens of a random walk through a schema; beyond CLOSING it takes the way out where there is one
@@ -38,31 +39,19 @@ SPACE = "\u0120"  # as byte-level vocabularies spell it
 def many_words(folder: Path, size: int) -> Path:
     """A tokenizer with so many words as code and prose have; quotes in one of a hundred, as in the vocabularies of GPT-4 and GPT-4o."""
     rng = random.Random(0)
-    words = dict.fromkeys(alphabet())
+    words = dict.fromkeys(byte_alphabet())
     while len(words) < size - 1:
         word = rng.choice(["", SPACE, SPACE]) + "".join(rng.choice("etaoinshrdlucmfwypvbgk") for _ in range(rng.randrange(2, 12)))
-        words[rng.choice([word + '"', '"' + word, word + '":', word + '",']) if rng.random() < 0.01 else word + rng.choice(["", "", "", SPACE])] = (
-            None
-        )
+        quoted = [word + '"', '"' + word, word + '":', word + '",']
+        words[rng.choice(quoted if rng.random() < 0.01 else [word, word, word, word + SPACE])] = None
     return write_tokenizer(folder, list(words))
 
 
 def public_words(folder: Path, file: Path) -> Path:
     """The words of a vocabulary in tiktoken's format (base64, rank), without its rules of merging, which no mask asks for."""
-    spelled = dict(zip(range(256), byte_letters(), strict=True))
+    spelled = {byte: letter for letter, byte in byte_alphabet().items()}
     tokens = [base64.b64decode(line.split()[0]) for line in file.read_text().splitlines()]
-    return write_tokenizer(folder, list(dict.fromkeys([*alphabet(), *("".join(spelled[byte] for byte in token) for token in tokens)])))
-
-
-def alphabet() -> list[str]:
-    return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: the byte's own where it prints, else the next ones from 256 on."""
-    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in prints else next(others)) for byte in range(256)]
+    return write_tokenizer(folder, list(dict.fromkeys([*byte_alphabet(), *("".join(spelled[byte] for byte in token) for token in tokens)])))
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> Path:

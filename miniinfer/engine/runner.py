@@ -263,6 +263,7 @@ def workspace_bytes(config: EngineConfig, shape: ModelConfig) -> int:
     tokens = config.max_num_batched_tokens + graph_tokens(config, shape)  # graphs have memory of their own
     activations = tokens * (6 * shape.hidden_size + 2 * heads + wide) * 2
     partial = config.max_num_seqs * shape.num_heads * max(4, 256 // shape.num_kv_heads) * (shape.head_dim + 2) * 4
+    # Logits in 16 bits of an eager step and of graphs, and up to eight fp32 tensors of as many rows as are handled at once.
     logits = shape.vocab_size * (2 * config.max_num_seqs * 2 + 8 * LOGITS_AT_ONCE * 4)
     return activations + partial + logits
 

@@ -193,7 +193,7 @@ def _read_templates(folder: Path, settings: dict[str, Any], file: str | Path | N
 # --------------------------------------------------------------------------------------------------- tokens as bytes
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes as printable characters: visible Latin-1 stands for itself, the rest is moved to U+0100 and up."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in visible]
@@ -217,7 +217,7 @@ class _Speller:
                 for part in parts:
                     self._read(part, source)
             case {"type": "ByteLevel"}:
-                self._alphabet = _byte_alphabet()
+                self._alphabet = byte_alphabet()
             case {"type": "ByteFallback"}:
                 self._byte_fallback = True
             case {"type": "Replace", "pattern": {"String": old}, "content": new}:

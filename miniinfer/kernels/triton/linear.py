@@ -293,10 +293,12 @@ def _readable(weight: Tensor) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous() and weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0
 
 
+def _takes_hopper(weight: Tensor) -> bool:
+    return len(weight) >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight)
+
+
 def _folds(weight: Tensor) -> bool:
-    return (
-        _readable(weight) and len(weight) >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight) and linear_hopper.small(weight)
-    )
+    return _readable(weight) and _takes_hopper(weight) and linear_hopper.small(weight)
 
 
 def _by_rows(x: Tensor, weight: Tensor) -> bool:
@@ -306,7 +308,7 @@ def _by_rows(x: Tensor, weight: Tensor) -> bool:
 def _few(weight: Tensor, bias: Tensor | None) -> tuple[Function, Callable[[int], bool]]:
     """The product of few tokens, and whether it pays for so many."""
     n, k = weight.shape
-    if n >= MANY_ROWS and linear_hopper is not None and linear_hopper.takes(weight):
+    if _takes_hopper(weight):
         return linear_hopper.pack(weight, bias), lambda tokens: linear_hopper.pays(tokens, weight)
     tiles = tiles_for(n, k)
     counters = torch.zeros(triton.cdiv(n, tiles.block_n), dtype=torch.int32, device=weight.device)

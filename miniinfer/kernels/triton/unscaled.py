@@ -15,6 +15,3 @@ class Unscaled:
     values: Tensor
     squares: Tensor
     eps: float
-
-    def __len__(self) -> int:
-        return len(self.values)
