@@ -38,6 +38,8 @@ class Batch:
     ops: Any  # kernels.Ops, which comes later in the import order
     kinds: tuple[StateView, ...] = ()
     caches: list[tuple[Tensor, Tensor]] | None = None  # per layer K and V, each [N, H, S, D]
+    wanted: Tensor | None = None  # [B] int32: each sequence's one token whose hidden state will be read; None: every token's
+    alone: Tensor | None = None  # [B + 1] int32, query_start of the wanted tokens by themselves; None: attention is to see them among the others
 
     @staticmethod
     def packed(sequences: list[list[int]], ops: Any, device: torch.device | str = "cpu") -> Batch:

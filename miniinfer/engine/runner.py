@@ -88,6 +88,8 @@ class Runner:
 
         self.ids, self.positions, self.lengths = buffer(size), buffer(size), buffer(config.max_num_seqs + 1)
         self.slots = [buffer(size) for _ in self.kinds]
+        # With --deterministic attention must not tell whether a step's other requests want all of their hidden states.
+        self._alone = None if config.deterministic else torch.arange(config.max_num_seqs + 2, dtype=torch.int32, device=device)
         # Reference ops ask the device for sizes, which a capture forbids.
         graphs = device.type == "cuda" and not config.enforce_eager and ops.name == "triton"
         self.graphs = Graphs(self._step, config.max_num_seqs, graph_tokens(config, shape), self.max_length, graphs)
@@ -120,8 +122,9 @@ class Runner:
         else:
             longest = max(s + c for s, c in zip(plan.starts, plan.counts, strict=True))
             shape = Shape(tokens, real, max(plan.counts), longest, ending)
-            hidden = self._forward(shape)
-            output = self._end(shape, hidden)
+            every = bool(plan.prompt_logprobs or plan.pooled)
+            hidden = self._forward(shape, every)
+            output = self._end(shape, hidden.index_select(0, self.rows.sample_at[:real]) if every else hidden)
         if plan.prompt_logprobs:
             pending.prompt = self._prompt_logprobs(plan, hidden)
         if plan.pooled:
@@ -163,8 +166,9 @@ class Runner:
         """A whole step over the fixed buffers, which is what graphs capture."""
         return self._end(shape, self._forward(shape))
 
-    def _forward(self, shape: Shape) -> Tensor:
-        """Builds the inputs from the rows, on the device, and runs the model: hidden states [tokens, hidden]."""
+    def _forward(self, shape: Shape, every: bool = False) -> Tensor:
+        """Builds the inputs from the rows, on the device, and runs the model: hidden states of the tokens that may be sampled behind, one for each
+        sequence [B, hidden], or of `every` token [tokens, hidden]."""
         rows, size, batch_size, num_tokens = self.rows, self.config.page_size or 0, shape.sequences, shape.tokens
         batch_rows, query_start = rows.batch_rows[:batch_size], rows.query_start[: batch_size + 1]
         ids, positions, lengths = self.ids[:num_tokens], self.positions[:num_tokens], self.lengths[:batch_size]
@@ -175,14 +179,14 @@ class Runner:
         )
         kinds = tuple(StateView(s, table, size) for s, table in zip(slots, rows.page_tables, strict=True))
         batch = Batch(ids, positions, query_start, lengths, batch_rows, shape.max_query, shape.max_length, self.ops, kinds, self.caches)
+        if shape.max_query > 1 and not every:
+            batch.wanted, batch.alone = rows.sample_at[:batch_size], self._alone[: batch_size + 1] if self._alone is not None else None
         return self.model(batch)
 
     def _end(self, shape: Shape, hidden: Tensor) -> Tensor:
         """What the shape ends with, for each of its sequences: hidden states [B, hidden] or tokens [B]. One that does not sample computes them
         too and draws for the dummy row."""
         rows, size = self.rows, shape.sequences
-        if shape.max_query > 1:
-            hidden = hidden.index_select(0, rows.sample_at[:size])
         if shape.ending == HIDDEN:
             return hidden
         flags = FILTERED if shape.ending == FILTERED_DRAW else 0

@@ -31,9 +31,12 @@ class Block(Layer):
         self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps, place)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cos_sin: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """From (the normed sum so far, the sum), each [T, hidden], to the same behind this block, normed by `norm`: the next block's, or the last."""
-        x = self.attention(x, batch, cos_sin)
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cos_sin: Tensor, norm: RMSNorm, last: bool = False) -> tuple[Tensor, Tensor]:
+        """From (the normed sum so far, the sum), each [T, hidden], to the same behind this block, normed by `norm`: the next block's, or the last.
+        The `last` block's are those of batch.wanted, if not all are."""
+        x = self.attention(x, batch, cos_sin, last)
+        if last and batch.wanted is not None:
+            residual = residual.index_select(0, batch.wanted)
         x, residual = self.attention.o.into(self.mlp_norm, x, residual, batch.ops)
         return self.mlp.into(norm, x, residual, batch.ops)
 
@@ -66,11 +69,12 @@ class Decoder(Layer):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [T, hidden] after the final norm, in the parameters' dtype. Without caches this is differentiable (reference ops)."""
+        """Hidden states [T, hidden] after the final norm, in the parameters' dtype; [B, hidden] of batch.wanted. Without caches this is
+        differentiable (reference ops)."""
         blocks = self._blocks()
         x, residual = blocks[0].input_norm(self.embed(batch.ids), None, batch.ops)
         for block, norm in zip(blocks, [*(b.input_norm for b in blocks[1:]), self.norm], strict=True):
-            x, residual = block(x, residual, batch, self.cos_sin, norm)
+            x, residual = block(x, residual, batch, self.cos_sin, norm, block is blocks[-1])
         return x
 
     def _blocks(self) -> list[Block]:

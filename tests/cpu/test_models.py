@@ -115,8 +115,9 @@ class Paged:
                     table[row, column] = free.pop()
 
     @torch.no_grad()
-    def step(self, work: list[tuple[int, list[int]]]) -> list[Tensor]:
-        """Runs (row, new tokens) pairs as one batch; logits of every new token, per pair."""
+    def step(self, work: list[tuple[int, list[int]]], wanted: str = "every") -> list[Tensor]:
+        """Runs (row, new tokens) pairs as one batch; logits of every new token, per pair, or of the last alone ("last"; "last among all": attention
+        computes the others all the same)."""
         ids, positions, rows, starts, slots = [], [], [], [0], [[] for _ in self.windows]
         for row, tokens in work:
             begin = self.computed[row]
@@ -139,6 +140,10 @@ class Paged:
             kinds=tuple(StateView(torch.tensor(s, dtype=torch.int32), t, self.size) for s, t in zip(slots, self.tables, strict=True)),
             caches=self.caches,
         )
+        if wanted != "every":
+            batch.wanted = batch.query_start[1:] - 1
+            batch.alone = torch.arange(len(work) + 1, dtype=torch.int32) if wanted == "last" else None
+            return list(self.model.logits(self.model(batch)).split(1))
         return list(self.model.logits(self.model(batch)).split([len(tokens) for _, tokens in work]))
 
 
@@ -176,6 +181,23 @@ def test_logits_and_greedy_tokens(variant: str, tmp_path: Path) -> None:
     whole = [prompt + output for prompt, output in zip(sequences, generated, strict=True)]
     for prompt, output, logits in zip(sequences, generated, their_logits(theirs, whole), strict=True):
         assert output == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("wanted", ["last", "last among all"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_last_layer_of_wanted_tokens_alone(variant: str, wanted: str, tmp_path: Path) -> None:
+    """A pass for each sequence's last token gives that token what a pass for all gives it, and leaves the same keys and values."""
+    ours, _ = load_pair(variant, tmp_path)
+    sequences = prompts(50, 1, 33)
+    passes = Paged(ours, len(sequences), 50), Paged(ours, len(sequences), 50)
+    for size in (20, 1, 30):
+        work = [(i, s[passes[0].computed[i] :][:size]) for i, s in enumerate(sequences) if passes[0].computed[i] < len(s)]
+        every, last = passes[0].step(work), passes[1].step(work, wanted)
+        assert [len(logits) for logits in last] == [1] * len(work)
+        for whole, one in zip(every, last, strict=True):
+            assert_close(one[0], whole[-1], 1e-5)
+    for mine, theirs in zip(passes[1].caches, passes[0].caches, strict=True):
+        assert torch.equal(torch.stack(mine).nan_to_num(7.0), torch.stack(theirs).nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("variant", ["mistral", "qwen2", "mixtral-window"])
