@@ -40,7 +40,7 @@ def no_linear() -> None:
     """cuBLAS for every linear layer, silu_mul behind it."""
     from miniinfer.kernels import triton
 
-    triton.pack_linear = triton.pack_gated = triton.pack_into_norm = None  # type: ignore[assignment]
+    triton.pack_linear = triton.pack_gated = triton.pack_into_norm = triton.pack_chain = None  # type: ignore[assignment]
 
 
 def no_epilogue() -> None:
@@ -55,6 +55,13 @@ def no_folded_norm() -> None:
     from miniinfer.kernels import triton
 
     triton.pack_into_norm = triton.moe_into_norm = None  # type: ignore[assignment]
+
+
+def no_chain() -> None:
+    """A launch for each product between two attentions."""
+    from miniinfer.kernels import triton
+
+    triton.pack_chain = None  # type: ignore[assignment]
 
 
 def no_decode_attention() -> None:
@@ -92,6 +99,7 @@ OFF: dict[str, Callable[[], None]] = {
     "linear": no_linear,
     "epilogue": no_epilogue,
     "folded-norm": no_folded_norm,
+    "chain": no_chain,
     "decode-attention": no_decode_attention,
     "rope-in-attention": no_rope_in_attention,
     "prefill-attention": no_prefill_attention,

@@ -112,7 +112,7 @@ def _read(model: Decoder, folder: Path, config: EngineConfig, progress: Progress
 def _pack(model: Decoder, ops: Ops) -> None:
     if ops.pack_linear is not None:
         try:
-            model.pack(ops.pack_linear, ops.pack_gated, ops.pack_into_norm)
+            model.pack(ops.pack_linear, ops.pack_gated, ops.pack_into_norm, ops.pack_chain)
         except RuntimeError as e:  # only products of a fixed order refuse a weight
             raise ConfigError(f"deterministic: {e}") from e
 

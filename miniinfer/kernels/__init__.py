@@ -42,7 +42,8 @@ class Ops:
     moe_into_norm: Callable[..., Any] | None  # (moe's arguments, residual, norm, eps) -> as add_rms_norm of its result; None = the two
     pack_linear: Callable[..., Any] | None  # (weight [N, K], bias) -> (x -> y), called once per linear layer at load; None = F.linear
     pack_gated: Callable[..., Any] | None  # (weight [2 I, K], bias) -> (x -> silu_mul of the product), likewise; None = linear, then silu_mul
-    pack_into_norm: Callable[..., Any] | None  # (weight, bias, norm, eps, weight of the product behind) -> ((x, residual) -> (normed, sum))
+    pack_into_norm: Callable[..., Any] | None  # (weight, bias, norm, eps, weight of a product behind) -> ((x, residual) -> (normed, sum))
+    pack_chain: Callable[..., Any] | None  # products from one attention to the next in one: see kernels/triton/linear.py; None = one by one
 
     @staticmethod
     def overlay(name: str, *modules: ModuleType) -> Ops:

@@ -50,10 +50,11 @@ class Linear(Layer):
         into the parameter take effect."""
         self._packed = pack_linear(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
-    def pack_into(self, norm: RMSNorm, after: Linear, pack_into_norm: Callable[..., Any]) -> None:
-        """Computes `into` this norm with `pack_into_norm` from now on, if the product `after` can take what it makes; both have been packed."""
+    def pack_into(self, norm: RMSNorm, after: Linear | None, pack_into_norm: Callable[..., Any]) -> None:
+        """Computes `into` this norm with `pack_into_norm` from now on, if there is a way. This and the product `after`, which alone takes what it
+        makes, have been packed; None: it is for others, too."""
         bias = None if self.bias is None else self.bias.detach()
-        packed = pack_into_norm(self.weight.detach(), bias, norm.weight.detach(), norm.eps, after.weight.detach())
+        packed = pack_into_norm(self.weight.detach(), bias, norm.weight.detach(), norm.eps, None if after is None else after.weight.detach())
         self._into = (norm, packed) if packed is not None else None
 
     def unpack(self) -> None:

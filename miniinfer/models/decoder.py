@@ -30,6 +30,7 @@ class Block(Layer):
         self.attention = attention
         self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps, place)
         self.mlp = mlp
+        self._chain: tuple[RMSNorm, Callable[..., tuple[Tensor, Tensor] | None]] | None = None
 
     def forward(self, x: Tensor, residual: Tensor, batch: Batch, cos_sin: Tensor, norm: RMSNorm, last: bool = False) -> tuple[Tensor, Tensor]:
         """From (the normed sum so far, the sum), each [T, hidden], to the same behind this block, normed by `norm`: the next block's, or the last.
@@ -37,8 +38,24 @@ class Block(Layer):
         x = self.attention(x, batch, cos_sin, last)
         if last and batch.wanted is not None:
             residual = residual.index_select(0, batch.wanted)
+        if self._chain is not None and self._chain[0] is norm and (both := self._chain[1](x, residual)) is not None:
+            return both
         x, residual = self.attention.o.into(self.mlp_norm, x, residual, batch.ops)
         return self.mlp.into(norm, x, residual, batch.ops)
+
+    def pack_chain(self, after: Block, pack_chain: Callable[..., Any]) -> None:
+        """Computes all from this block's attention to the qkv of the block `after` with `pack_chain` from now on, if there is a way and that block
+        comes next: see Linear.pack. What it hands on only that qkv understands."""
+        o, qkv = self.attention.o, after.attention.qkv
+        if isinstance(self.mlp, GatedMLP) and o.bias is None and self.mlp.gate_up.bias is None and self.mlp.down.bias is None:
+            weights = [w.detach() for w in (o.weight, self.mlp.gate_up.weight, self.mlp.down.weight, qkv.weight)]
+            bias = None if qkv.bias is None else qkv.bias.detach()
+            chain = pack_chain(*weights, bias, self.mlp_norm.weight.detach(), after.input_norm.weight.detach(), self.mlp_norm.eps)
+            self._chain = (after.input_norm, chain) if chain is not None else None
+
+    def unpack(self) -> None:
+        """Undoes `pack_chain`."""
+        self._chain = None
 
 
 MakeBlock = Callable[[str, ModelConfig, int, Place], Block]  # (checkpoint name, config, layer index, place)
@@ -84,24 +101,30 @@ class Decoder(Layer):
         """[n, hidden] -> [n, vocab] in the parameters' dtype; sampling, log-probabilities and losses compute in fp32 from there."""
         return self.head(hidden)
 
-    def pack(self, pack_linear: Packer, pack_gated: Packer | None = None, pack_into_norm: Callable[..., Any] | None = None) -> None:
-        """Packs every linear layer, the head included, and if there is a way the gated MLPs' products, and norms between products. See
-        Linear.pack and Linear.pack_into."""
+    def pack(
+        self, pack_linear: Packer, pack_gated: Packer | None = None, pack_into_norm: Callable[..., Any] | None = None,
+        pack_chain: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Packs every linear layer, the head included, and if there is a way the gated MLPs' products, norms between products, and all products
+        between two attentions. See Linear.pack, Linear.pack_into and Block.pack_chain."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(pack_linear)
             elif isinstance(module, GatedMLP) and pack_gated is not None:
                 module.pack(pack_gated)
+        blocks = self._blocks()
+        if pack_chain is not None:
+            for block, behind in zip(blocks, blocks[1:], strict=False):
+                block.pack_chain(behind, pack_chain)
         if pack_into_norm is not None:
-            blocks = self._blocks()
             for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-                if isinstance(block.mlp, GatedMLP):
-                    block.attention.o.pack_into(block.mlp_norm, block.mlp.gate_up, pack_into_norm)
-                    if after is not None:  # the last norm is for others than products, too
-                        block.mlp.down.pack_into(after.input_norm, after.attention.qkv, pack_into_norm)
+                mlp = block.mlp if isinstance(block.mlp, GatedMLP) else None
+                block.attention.o.pack_into(block.mlp_norm, mlp.gate_up if mlp is not None else None, pack_into_norm)
+                if mlp is not None and after is not None:
+                    mlp.down.pack_into(after.input_norm, after.attention.qkv, pack_into_norm)
 
     def unpack(self) -> None:
         """Forgets what packers have made, and with it the memory that they took."""
         for module in self.modules():
-            if isinstance(module, Linear | GatedMLP):
+            if isinstance(module, Linear | GatedMLP | Block):
                 module.unpack()

@@ -279,6 +279,43 @@ def test_transformers_4_config(tmp_path: Path) -> None:
     assert ModelConfig.from_hf({**old, **names}) == ModelConfig.from_hf({**new, **names})
 
 
+def test_a_chain_replaces_products_between_attentions(tmp_path: Path) -> None:
+    """Where pack_chain gives a function, it gets each layer's products but the last's, and what it returns is the next layer's qkv; where that
+    returns None, and after unpack, products run as ever."""
+    ours, theirs = load_pair("qwen2", tmp_path)
+    sequences = prompts(9, 4)
+    calls = []
+
+    class Ready:
+        def __init__(self, values: Tensor) -> None:
+            self.values = values
+
+    def pack_linear(weight: Tensor, bias: Tensor | None) -> Any:
+        return lambda x: x.values if isinstance(x, Ready) else torch.nn.functional.linear(x, weight, bias)
+
+    def pack_chain(o: Tensor, gate_up: Tensor, down: Tensor, qkv: Tensor, bias: Tensor | None, mid: Tensor, after: Tensor, eps: float) -> Any:
+        def chain(x: Tensor, residual: Tensor) -> Any:
+            if len(x) != 13:
+                return None
+            calls.append(len(x))
+            y, residual = REFERENCE.add_rms_norm(x @ o.T, residual, mid, eps)
+            y, residual = REFERENCE.add_rms_norm(REFERENCE.silu_mul(y @ gate_up.T) @ down.T, residual, after, eps)
+            return Ready(torch.nn.functional.linear(y, qkv, bias)), residual
+
+        return chain
+
+    ours.pack(pack_linear, pack_chain=pack_chain)
+    with torch.no_grad():
+        for chained in (ours.config.num_layers - 1, 0):
+            got = ours.logits(ours(Batch.packed(sequences, REFERENCE)))
+            assert_close(got, torch.cat(their_logits(theirs, sequences)))
+            alone = ours.logits(ours(Batch.packed(sequences[1:], REFERENCE)))
+            assert_close(alone, their_logits(theirs, sequences)[1])
+            assert len(calls) == chained
+            calls.clear()
+            ours.unpack()
+
+
 def test_pack_replaces_every_product(tmp_path: Path) -> None:
     ours, theirs = load_pair("qwen3", tmp_path)
     sequences = prompts(9)

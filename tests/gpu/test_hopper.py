@@ -25,10 +25,20 @@ SHAPES = {
     "heads of 128": WIDE,
     "heads of 64, tied": {**WIDE, "head_dim": 64, "num_attention_heads": 16, "tie_word_embeddings": True},
     "biases": {**WIDE, "architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 14},
+    "products in a chain": {**WIDE, "architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 14},
     "window": {**WIDE, "architectures": SLIDING["architectures"], "sliding_window": 100},
     "experts": {**WIDE, **EXPERTS},
 }
 SIZES = (1, 7, 64, 65, 150, 300, 30, 2)
+
+
+@pytest.fixture(autouse=True)
+def chained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of products are for weights far larger than these."""
+    from miniinfer.kernels.triton import chain_hopper
+
+    if request.node.callspec.params["name"] == "products in a chain":
+        monkeypatch.setattr(chain_hopper, "LEAST", 0)
 
 
 def make(folder: Path, shape: dict[str, Any], **options: Any) -> EngineCore:

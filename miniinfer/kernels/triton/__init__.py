@@ -14,7 +14,7 @@ import triton
 
 from miniinfer.kernels.triton.attention_launch import attention, paged_attention, rope_paged_attention
 from miniinfer.kernels.triton.experts import moe, moe_into_norm
-from miniinfer.kernels.triton.linear import pack_gated, pack_gated_fixed, pack_into_norm, pack_linear, pack_linear_fixed
+from miniinfer.kernels.triton.linear import pack_chain, pack_gated, pack_gated_fixed, pack_into_norm, pack_linear, pack_linear_fixed
 from miniinfer.kernels.triton.rope import rope_qkv_cache
 from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
 from miniinfer.kernels.triton.sampling import apply_bitmask, apply_penalties, sample_rows
@@ -22,8 +22,8 @@ from miniinfer.kernels.triton.steps import copy_pages, deliver, stage, step_inpu
 
 __all__ = [
     "add_rms_norm", "apply_bitmask", "apply_penalties", "attention", "copy_pages", "deliver", "fixed_order", "load", "moe", "moe_into_norm",
-    "pack_gated", "pack_into_norm", "pack_linear", "paged_attention", "rms_norm", "rope_paged_attention", "rope_qkv_cache", "sample_rows",
-    "silu_mul", "stage", "step_inputs",
+    "pack_chain", "pack_gated", "pack_into_norm", "pack_linear", "paged_attention", "rms_norm", "rope_paged_attention", "rope_qkv_cache",
+    "sample_rows", "silu_mul", "stage", "step_inputs",
 ]  # fmt: skip
 
 
@@ -40,4 +40,4 @@ def load() -> None:
 def fixed_order() -> dict[str, Any]:
     """The operations whose sums could otherwise depend on the other tokens of a step, in the form where they do not (`--deterministic`)."""
     experts = {f.__name__: partial(f, few=0) for f in (moe, moe_into_norm)}
-    return {"pack_linear": pack_linear_fixed, "pack_gated": pack_gated_fixed, "pack_into_norm": None, **experts}
+    return {"pack_linear": pack_linear_fixed, "pack_gated": pack_gated_fixed, "pack_into_norm": None, "pack_chain": None, **experts}

@@ -6,7 +6,7 @@ tokens up to MAX_TOKENS, with the inputs split over programs where rows are few 
 matmul_hopper.py's where that pays; fp32 and odd shapes F.linear's at any number.
 
 A norm between two products of few tokens by small weights needs no kernel (`pack_into_norm`): the first product adds to the residual, the
-second scales its sums.
+second scales its sums. By large weights, all products between two attentions are one (`pack_chain`, chain_hopper.py).
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ import triton.language as tl
 from torch import Tensor
 
 from miniinfer.kernels.triton import pdl
-from miniinfer.kernels.triton.rowwise import add_rms_norm, silu_mul
+from miniinfer.kernels.triton.rowwise import add_rms_norm, rms_norm, silu_mul
 from miniinfer.kernels.triton.unscaled import Unscaled
 
 try:
-    from miniinfer.kernels.triton import linear_hopper, matmul_hopper
+    from miniinfer.kernels.triton import chain_hopper, linear_hopper, matmul_hopper
 except ImportError:  # Gluon is experimental and may move
-    linear_hopper = matmul_hopper = None  # type: ignore[assignment]
+    chain_hopper = linear_hopper = matmul_hopper = None  # type: ignore[assignment]
 
 MAX_TOKENS = 32  # of _tile_kernel
 MANY_ROWS = 1024  # of a weight: with fewer, linear_hopper.py's tiles of 64 leave most of the GPU idle
+MANY_TOKENS = 256  # above them cuBLAS adds to the residual itself
 Function = Callable[..., Tensor]  # of x [..., K], or of an Unscaled
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the product would make of it is there already: a chain has computed it."""
+
+    values: Tensor
 
 
 @triton.jit
@@ -205,7 +213,9 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Function:
     rows = rows_for(n, k)
     few, pays = _few(weight, bias)
 
-    def apply(x: Tensor | Unscaled) -> Tensor:
+    def apply(x: Tensor | Unscaled | Ready) -> Tensor:
+        if isinstance(x, Ready):
+            return x.values
         if isinstance(x, Unscaled):
             return few(x)
         if not _by_rows(x, weight) or not pays(len(x)):
@@ -237,22 +247,45 @@ def pack_gated(weight: Tensor, bias: Tensor | None) -> Function:
 
 
 def pack_into_norm(
-    weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, after: Tensor
+    weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, after: Tensor | None
 ) -> Callable[[Tensor, Tensor], tuple[Tensor | Unscaled, Tensor]] | None:
-    """(x [T, K], residual [T, N]) -> (the RMS norm of residual + x W^T + b, that sum), as add_rms_norm of the product; the sum is written into
-    `residual`. Of few tokens the norm is Unscaled, and functions that were packed for the weight `after` finish it. None if that does not pay:
-    a large weight's first rows are fetched while a norm computes, so that it costs nothing.
+    """(x [T, K], residual [T, N]) -> (the RMS norm of residual + x W^T + b, that sum), as add_rms_norm of the product; the sum may be written into
+    `residual`. Of few tokens, by small weights, the norm is Unscaled, and functions that were packed for the weight `after` finish it. (A large
+    weight's first rows are fetched while a norm computes, so that it costs nothing.) None for weights of which there is nothing to gain.
 
-    Rounding: the sum as ever; the normed value is rounded once where the reference rounds twice."""
-    if weight.dtype != torch.bfloat16 or not all(map(_folds, (weight, after))):  # an unscaled value might be too large for fp16
+    Rounding: the sum of few tokens as ever, of many once where the reference rounds twice; so is an Unscaled norm."""
+    if not _readable(weight):
         return None
-    plain, few = pack_linear(weight, bias), linear_hopper.pack(weight, bias)
+    # An unscaled value might be too large for fp16.
+    folds = after is not None and weight.dtype == torch.bfloat16 and all(map(_folds, (weight, after)))
+    plain, few = pack_linear(weight, bias), linear_hopper.pack(weight, bias) if folds else None
 
     def apply(x: Tensor, residual: Tensor) -> tuple[Tensor | Unscaled, Tensor]:
-        if not _by_rows(x, weight) or not 1 < len(x) <= linear_hopper.MORE_TOKENS:
+        if len(x) > MANY_TOKENS and bias is None and x.dtype == weight.dtype:
+            residual.addmm_(x, weight.t())
+            return rms_norm(residual, norm, eps), residual
+        if few is None or not _by_rows(x, weight) or not 1 < len(x) <= linear_hopper.MORE_TOKENS:
             return add_rms_norm(plain(x), residual, norm, eps)
         squares = torch.empty(len(x), triton.cdiv(len(weight), linear_hopper.ROWS), dtype=torch.float32, device=x.device)
         return Unscaled(few(x, residual, norm, squares), squares, eps), residual
+
+    return apply
+
+
+def pack_chain(
+    o: Tensor, gate_up: Tensor, down: Tensor, qkv: Tensor, qkv_bias: Tensor | None, mid_norm: Tensor, next_norm: Tensor, eps: float
+) -> Callable[[Tensor, Tensor], tuple[Ready, Tensor] | None] | None:
+    """(x [T, K], residual [T, N]) -> (what qkv's function returns as it is, the sum), from one attention to the next: o, the norm, the gated MLP,
+    the next norm and the next qkv; the sum is written into `residual`. It returns None for a number of tokens at which that does not pay,
+    pack_chain for such weights. Rounding as by pack_into_norm and Unscaled."""
+    if chain_hopper is None or not chain_hopper.takes(o, gate_up, down, qkv):
+        return None
+    chain = chain_hopper.pack(o, gate_up, down, qkv, qkv_bias, mid_norm, next_norm, eps)
+
+    def apply(x: Tensor, residual: Tensor) -> tuple[Ready, Tensor] | None:
+        if not 1 < len(x) <= chain_hopper.MAX_TOKENS:
+            return None
+        return Ready(chain(x, residual)), residual
 
     return apply
 

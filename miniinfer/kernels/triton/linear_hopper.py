@@ -34,6 +34,12 @@ BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 
 @gluon.jit
+def fence_async():
+    """Between numbers that threads write to memory and copies that read them."""
+    gl.inline_asm_elementwise("fence.proxy.async; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def copy_weights(desc, boxes, bar, stage, tile, block, GROUPS: gl.constexpr, BLOCK_K: gl.constexpr, GATED: gl.constexpr):
     BOXES: gl.constexpr = BLOCK_K // WIDTH
     for i in gl.static_range(GROUPS * BOXES):
@@ -54,41 +60,65 @@ def copy_tokens(desc, boxes, bar, stage, first, block, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def copy(
-    args,
+def turn(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage, and whether the lap that it is in is an odd one."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def copy_product(
+    job, ring, stage, phase, counter, target,
     BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp. Units are the tiles' blocks, one after the other; the first that the ring holds get their weights before `begin`."""
-    w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns = args
+    """A product's copies. Units are its tiles' blocks, one after the other; the first that the ring holds get their weights before there are
+    tokens, which is when the kernel ahead is done, or if there is a counter, when that has come to the target.
+
+    Returns the stage and phase that the ring is then at."""
+    w_desc, x_desc, begin, end, blocks, columns = job
+    w_boxes, x_boxes, ready, empty = ring
     BYTES: gl.constexpr = (GROUPS * 64 + BLOCK_T) * BLOCK_K * 2
     first = begin * blocks
     last = end * blocks
     ahead = gl.minimum(last - first, STAGES)
-    for i in range(ahead):
-        unit = first + i
-        mbarrier.expect(ready.index(i), BYTES)
-        copy_weights(w_desc, w_boxes, ready.index(i), i, unit // blocks // columns, unit % blocks, GROUPS, BLOCK_K, GATED)
-    pdl.begin(PDL)
-    for i in range(ahead):
-        unit = first + i
-        copy_tokens(x_desc, x_boxes, ready.index(i), i, unit // blocks % columns * BLOCK_T, unit % blocks, BLOCK_K)
+    x_stage = stage
+    for unit in range(first, first + ahead):
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(ready.index(stage), BYTES)
+        copy_weights(w_desc, w_boxes, ready.index(stage), stage, unit // blocks // columns, unit % blocks, GROUPS, BLOCK_K, GATED)
+        stage, phase = turn(stage, phase, STAGES)
+    if counter is None:
+        pdl.begin(PDL)
+    else:
+        if ahead > 0:
+            while gl.atomic_add(counter, 0, sem="acquire") < target:
+                pass
+            fence_async()
+    for unit in range(first, first + ahead):
+        copy_tokens(x_desc, x_boxes, ready.index(x_stage), x_stage, unit // blocks % columns * BLOCK_T, unit % blocks, BLOCK_K)
+        x_stage = gl.where(x_stage == STAGES - 1, 0, x_stage + 1)
     tile = (first + ahead) // blocks
     block = (first + ahead) % blocks
-    stage = 0
-    phase = 0
     for _ in range(first + ahead, last):
-        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(ready.index(stage), BYTES)
         copy_weights(w_desc, w_boxes, ready.index(stage), stage, tile // columns, block, GROUPS, BLOCK_K, GATED)
         copy_tokens(x_desc, x_boxes, ready.index(stage), stage, tile % columns * BLOCK_T, block, BLOCK_K)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
+        stage, phase = turn(stage, phase, STAGES)
         block += 1
         if block == blocks:
             block = 0
             tile += 1
+    return stage, phase
+
+
+@gluon.jit
+def copy(
+    job, ring, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The copying warp of a program of one product."""
+    start = job[2] * 0
+    copy_product(job, ring, start, start, None, 0, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)
 
 
 @gluon.jit
@@ -109,12 +139,15 @@ def norm_scale(parts, size, eps, layout: gl.constexpr):
 
 
 @gluon.jit
-def multiply(
-    GROUP: gl.constexpr, args, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
+def multiply_product(
+    GROUP: gl.constexpr, args, ring, stage, phase,
+    BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: 64 weight rows of every tile. They read and write what depends on the kernel ahead only after tokens have come, so after
-    `begin`."""
-    bias, residual, norm, squares, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n, parts, size, eps = args
+    """Four warps: 64 weight rows of a product's every tile. They read and write what others have made only after tokens have come.
+
+    Returns the stage and phase that the ring is then at."""
+    bias, residual, norm, squares, out, begin, end, blocks, columns, tokens, size_n, parts, size, eps = args
+    w_smem, x_smem, ready, empty = ring
     ROWS: gl.constexpr = 32 if GATED else 64  # of the result
     LATE: gl.constexpr = BLOCK_T * PARTS <= 128 * 16  # so few numbers of a thread may wait in registers: nothing waits for them
     VECTOR: gl.constexpr = min(8, ROWS * BLOCK_T // 128)
@@ -124,9 +157,6 @@ def multiply(
     acc_rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))
     cols = gl.arange(0, BLOCK_T, gl.SliceLayout(0, store_layout))
-    stage = 0
-    before = 0
-    phase = 0
     for tile in range(begin, end):
         acc = gl.zeros([64, BLOCK_T], gl.float32, layout)
         first = (tile // columns * GROUPS + GROUP) * ROWS
@@ -145,14 +175,10 @@ def multiply(
             mbarrier.wait(ready.index(stage), phase)
             acc = warpgroup_mma(w_smem.index(stage * GROUPS + GROUP), x_smem.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # the one of the block before
-            mbarrier.arrive(empty.index(before), count=1, pred=block > 0)
-            before = stage
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=block > 0)
+            stage, phase = turn(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(before), count=1)
+        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
 
         if squares is not None and residual is None:
             if LATE:
@@ -178,6 +204,16 @@ def multiply(
             gl.store(squares + token * parts + part, gl.sum(value * value, 0), mask=(token < tokens) & (part < parts))
             result = (value * gl.load(norm + first + rows, mask=first + rows < size_n, other=0.0).to(gl.float32)[:, None]).to(dtype)
         gl.store(out + at, result, mask=mask)
+    return stage, phase
+
+
+@gluon.jit
+def multiply(
+    GROUP: gl.constexpr, args, ring, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """A group of warps of a program of one product."""
+    start = args[5] * 0
+    multiply_product(GROUP, args, ring, start, start, BLOCK_T, STAGES, GROUPS, GATED, PARTS)
 
 
 @gluon.jit(do_not_specialize=["tokens", "blocks", "columns", "tiles", "parts", "size", "eps"])
@@ -212,25 +248,27 @@ def linear_hopper_kernel(
 
     begin = gl.program_id(0) * tiles // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    copied = (w_desc, x_desc, w_boxes, x_boxes, ready, empty, begin, end, blocks, columns)
-    multiplied = (bias, residual, norm, squares, out, w_smem, x_smem, ready, empty, begin, end, blocks, columns, tokens, size_n, parts, size, eps)
+    copied = (w_desc, x_desc, begin, end, blocks, columns)
+    boxes = (w_boxes, x_boxes, ready, empty)
+    multiplied = (bias, residual, norm, squares, out, begin, end, blocks, columns, tokens, size_n, parts, size, eps)
+    ring = (w_smem, x_smem, ready, empty)
     if GROUPS == 1:
         gl.warp_specialize([
-            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (multiply, (0, multiplied, ring, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (copy, (copied, boxes, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [1], [24])  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize([
-            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (multiply, (0, multiplied, ring, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (multiply, (1, multiplied, ring, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (copy, (copied, boxes, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (multiply, (0, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (multiply, (1, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (multiply, (2, multiplied, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
-            (copy, (copied, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
+            (multiply, (0, multiplied, ring, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (multiply, (1, multiplied, ring, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (multiply, (2, multiplied, ring, BLOCK_T, STAGES, GROUPS, GATED, PARTS)),
+            (copy, (copied, boxes, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
@@ -301,6 +339,23 @@ def pays(tokens: int, weight: Tensor) -> bool:
     return tokens <= FEW_TOKENS or (tokens <= MAX_TOKENS and tokens % 64 == 0)
 
 
+def by_rows(weight: Tensor) -> TensorDescriptor:
+    """Of a weight [N, K]: boxes of 64 rows."""
+    n, k = weight.shape
+    return TensorDescriptor(weight, [n, k], [k, 1], [64, WIDTH.value], MATRIX.value)
+
+
+def by_pairs(weight: Tensor) -> TensorDescriptor:
+    """Of a weight [2 I, K] of gates, then ups: boxes of eight gates and their eight ups, four times."""
+    n, k = weight.shape
+    return TensorDescriptor(weight, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], [4, 2, 8, WIDTH.value], PAIRS.value)
+
+
+def of_tokens(x: Tensor, count: int) -> TensorDescriptor:
+    """Of tokens [T, K], whose rows lie at multiples of 16 bytes: boxes of `count` of them."""
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [count, WIDTH.value], MATRIX.value)
+
+
 def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[..., Tensor]:
     """(x [T, K]) -> x W^T + b [T, N] for a weight [N, K] that `takes`, read where it lies; T > 0. x is copied
     unless its rows lie at multiples of 16 bytes; it may be Unscaled. A token's result does not depend on T.
@@ -312,11 +367,7 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
     and the sum's squares are written."""
     n, k = weight.shape
     programs = multiprocessors(weight.device)
-    if gated:
-        size_n, shape, strides, box, layout = n // 2, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], [4, 2, 8, WIDTH.value], PAIRS.value
-    else:
-        size_n, shape, strides, box, layout = n, [n, k], [k, 1], [64, WIDTH.value], MATRIX.value
-    w_desc = TensorDescriptor(weight, shape, strides, box, layout)
+    size_n, w_desc = (n // 2, by_pairs(weight)) if gated else (n, by_rows(weight))
 
     def product(x: Tensor | Unscaled, residual: Tensor | None = None, norm: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
         eps = 0.0
@@ -327,7 +378,7 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
         tokens, parts = len(x), 0 if squares is None else squares.shape[1]
         how = tile_for(tokens, n, k, programs)
         out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
-        x_desc = TensorDescriptor(x, [tokens, k], [x.stride(0), 1], [how.tokens, WIDTH.value], MATRIX.value)
+        x_desc = of_tokens(x, how.tokens)
         columns = -(-tokens // how.tokens)
         tiles = -(-n // (64 * how.groups)) * columns
         linear_hopper_kernel[(min(tiles, programs),)](
