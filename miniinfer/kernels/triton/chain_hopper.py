@@ -154,8 +154,8 @@ def pack(
     hidden, heads = o.shape
     inner, size, parts = down.shape[1], len(qkv), -(-hidden // ROWS)
     programs = multiprocessors(o.device)
-    o_desc, down_desc, qkv_desc = (linear_hopper.by_rows(w) for w in (o, down, qkv))
-    gate_up_desc = linear_hopper.by_pairs(gate_up)
+    o_desc, down_desc, qkv_desc = (linear_hopper.rows_map(w) for w in (o, down, qkv))
+    gate_up_desc = linear_hopper.pairs_map(gate_up)
     counters = torch.zeros(4, dtype=torch.int32, device=o.device)
 
     def chain(x: Tensor, residual: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def pack(
             return torch.empty(tokens, width, dtype=dtype, device=x.device)
 
         def desc(y: Tensor) -> Any:
-            return linear_hopper.of_tokens(y, how.tokens)
+            return linear_hopper.tokens_map(y, how.tokens)
 
         mid, gated, nexts, out = new(hidden), new(inner), new(hidden), new(size)
         mid_squares, next_squares = new(parts, torch.float32), new(parts, torch.float32)

@@ -339,19 +339,19 @@ def pays(tokens: int, weight: Tensor) -> bool:
     return tokens <= FEW_TOKENS or (tokens <= MAX_TOKENS and tokens % 64 == 0)
 
 
-def by_rows(weight: Tensor) -> TensorDescriptor:
+def rows_map(weight: Tensor) -> TensorDescriptor:
     """Of a weight [N, K]: boxes of 64 rows."""
     n, k = weight.shape
     return TensorDescriptor(weight, [n, k], [k, 1], [64, WIDTH.value], MATRIX.value)
 
 
-def by_pairs(weight: Tensor) -> TensorDescriptor:
+def pairs_map(weight: Tensor) -> TensorDescriptor:
     """Of a weight [2 I, K] of gates, then ups: boxes of eight gates and their eight ups, four times."""
     n, k = weight.shape
     return TensorDescriptor(weight, [n // 16, 2, 8, k], [8 * k, n // 2 * k, k, 1], [4, 2, 8, WIDTH.value], PAIRS.value)
 
 
-def of_tokens(x: Tensor, count: int) -> TensorDescriptor:
+def tokens_map(x: Tensor, count: int) -> TensorDescriptor:
     """Of tokens [T, K], whose rows lie at multiples of 16 bytes: boxes of `count` of them."""
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [count, WIDTH.value], MATRIX.value)
 
@@ -367,7 +367,7 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
     and the sum's squares are written."""
     n, k = weight.shape
     programs = multiprocessors(weight.device)
-    size_n, w_desc = (n // 2, by_pairs(weight)) if gated else (n, by_rows(weight))
+    size_n, w_desc = (n // 2, pairs_map(weight)) if gated else (n, rows_map(weight))
 
     def product(x: Tensor | Unscaled, residual: Tensor | None = None, norm: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
         eps = 0.0
@@ -378,7 +378,7 @@ def pack(weight: Tensor, bias: Tensor | None, gated: bool = False) -> Callable[.
         tokens, parts = len(x), 0 if squares is None else squares.shape[1]
         how = tile_for(tokens, n, k, programs)
         out = torch.empty(tokens, size_n, dtype=x.dtype, device=x.device)
-        x_desc = of_tokens(x, how.tokens)
+        x_desc = tokens_map(x, how.tokens)
         columns = -(-tokens // how.tokens)
         tiles = -(-n // (64 * how.groups)) * columns
         linear_hopper_kernel[(min(tiles, programs),)](
