@@ -18,7 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from miniinfer.kernels.triton import linear_hopper, pdl
-from miniinfer.kernels.triton.decode_hopper import thread_barrier, wait_for_kernel_before
+from miniinfer.kernels.triton.decode_hopper import wait_for_kernel_before
+from miniinfer.kernels.triton.gluon_names import reinterpret, thread_barrier
 from miniinfer.kernels.triton.linear_hopper import BARRIER, MATRIX, PAIRS, ROWS, WIDTH, copy_product, fence_async, multiply_product
 from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 
@@ -111,9 +112,9 @@ def chain_hopper_kernel(
     dtype: gl.constexpr = mid.dtype.element_ty
     w_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, BLOCK_K], MATRIX)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], MATRIX)
-    w_boxes = w_smem._reinterpret(dtype, [BOXES, 64, WIDTH], MATRIX)
-    pair_boxes = w_smem._reinterpret(dtype, [BOXES, 4, 2, 8, WIDTH], PAIRS)
-    x_boxes = x_smem._reinterpret(dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
+    w_boxes = reinterpret(w_smem, dtype, [BOXES, 64, WIDTH], MATRIX)
+    pair_boxes = reinterpret(w_smem, dtype, [BOXES, 4, 2, 8, WIDTH], PAIRS)
+    x_boxes = reinterpret(x_smem, dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for i in gl.static_range(STAGES):

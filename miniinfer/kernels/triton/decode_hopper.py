@@ -17,11 +17,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from miniinfer.kernels.triton.gluon_names import box_load, reinterpret, thread_barrier
 from miniinfer.kernels.triton.rope import inverse_rms, normed, rotated
 
-thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed after Triton 3.6
 PAGE_SIZE = gl.constexpr(64)
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 NOTES = gl.constexpr(4)  # notes from the copying warp that may wait to be done with
@@ -107,7 +107,7 @@ def copy_page(desc, boxes, ready, empty, at, row, DIM: gl.constexpr, STAGES: gl.
     mbarrier.wait(empty.index(slot), ((at // STAGES) & 1) ^ 1)
     mbarrier.expect(ready.index(slot), PAGE_SIZE * DIM * 2)
     for half in gl.static_range(DIM // WIDTH):
-        tma.async_copy_global_to_shared(desc, [row, half * WIDTH], ready.index(slot), boxes.index(slot * (DIM // WIDTH) + half))
+        box_load(desc, [row, half * WIDTH], ready.index(slot), boxes.index(slot * (DIM // WIDTH) + half))
 
 
 @gluon.jit
@@ -448,8 +448,8 @@ def decode_hopper_kernel(
     dtype: gl.constexpr = q.dtype.element_ty
     smem = gl.allocate_shared_memory(dtype, [STAGES, PAGE_SIZE, DIM], matrix)
     # A swizzled matrix is its column blocks of WIDTH, one after the other, each of them rows of 128 bytes: the boxes as they arrive.
-    boxes = smem._reinterpret(dtype, [STAGES * (DIM // WIDTH), PAGE_SIZE, WIDTH], matrix)
-    lines = smem._reinterpret(dtype, [STAGES * PAGE_SIZE * 2, 1, DIM // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    boxes = reinterpret(smem, dtype, [STAGES * (DIM // WIDTH), PAGE_SIZE, WIDTH], matrix)
+    lines = reinterpret(smem, dtype, [STAGES * PAGE_SIZE * 2, 1, DIM // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     heads_smem = gl.allocate_shared_memory(dtype, [16, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     fresh = gl.allocate_shared_memory(dtype, [4, 1, DIM // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     notes = gl.allocate_shared_memory(gl.int32, [NOTES * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))

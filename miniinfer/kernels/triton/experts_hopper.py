@@ -14,11 +14,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from miniinfer.kernels.triton.gluon_names import box_load, element_load, reinterpret
 
 BLOCK_K = gl.constexpr(64)  # inputs of a block: 128 bytes, the swizzle's width
 MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
@@ -89,22 +90,22 @@ def copy_tiles(
             stage = at % STAGES
             mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
             mbarrier.expect(ready.index(stage), (BLOCK_N + (0 if GATED else BLOCK_M)) * BLOCK_K * 2)
-            tma.async_copy_global_to_shared(w_desc, [row, k], ready.index(stage), b_boxes.index(stage * 2))
-            tma.async_copy_global_to_shared(w_desc, [other, k], ready.index(stage), b_boxes.index(stage * 2 + 1))
+            box_load(w_desc, [row, k], ready.index(stage), b_boxes.index(stage * 2))
+            box_load(w_desc, [other, k], ready.index(stage), b_boxes.index(stage * 2 + 1))
             if GATED:
                 if SIZE_K % BLOCK_K:
                     within = (gl.arange(0, BLOCK_K, gl.SliceLayout(0, rows_layout)) < SIZE_K - k)[None, :]
-                    async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS), at0 + k, mask=live0 & within)
+                    element_load(a_smem.index(stage * GROUPS), at0 + k, mask=live0 & within)
                     if GROUPS > 1:
-                        async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS + 1), at1 + k, mask=live1 & within)
+                        element_load(a_smem.index(stage * GROUPS + 1), at1 + k, mask=live1 & within)
                 else:
-                    async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS), at0 + k, mask=live0)
+                    element_load(a_smem.index(stage * GROUPS), at0 + k, mask=live0)
                     if GROUPS > 1:
-                        async_copy.async_copy_global_to_shared(a_smem.index(stage * GROUPS + 1), at1 + k, mask=live1)
+                        element_load(a_smem.index(stage * GROUPS + 1), at1 + k, mask=live1)
                 async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             else:
                 for group in gl.static_range(GROUPS):
-                    tma.async_copy_global_to_shared(x_desc, [begin + group * 64, k], ready.index(stage), a_smem.index(stage * GROUPS + group))
+                    box_load(x_desc, [begin + group * 64, k], ready.index(stage), a_smem.index(stage * GROUPS + group))
             at += 1
         work = gl.num_programs(0) + gl.atomic_add(ticket, 1, sem="relaxed")
     slot = tile & 1
@@ -195,7 +196,7 @@ def expert_hopper_kernel(
     dtype: gl.constexpr = out.dtype.element_ty
     a_smem = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_K], MATRIX)
     b_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], MATRIX)
-    b_boxes = b_smem._reinterpret(dtype, [STAGES * 2, BLOCK_N // 2, BLOCK_K], MATRIX)
+    b_boxes = reinterpret(b_smem, dtype, [STAGES * 2, BLOCK_N // 2, BLOCK_K], MATRIX)
     o_smem = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_N // 2], MATRIX)
     notes = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

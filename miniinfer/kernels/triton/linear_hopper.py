@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniinfer.kernels.triton import pdl
+from miniinfer.kernels.triton.gluon_names import box_load, reinterpret
 from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 from miniinfer.kernels.triton.unscaled import Unscaled
 
@@ -47,16 +48,16 @@ def copy_weights(desc, boxes, bar, stage, tile, block, GROUPS: gl.constexpr, BLO
         group = tile * GROUPS + i // BOXES
         column = block * BLOCK_K + i % BOXES * WIDTH
         if GATED:
-            tma.async_copy_global_to_shared(desc, [group * 4, 0, 0, column], bar, box)
+            box_load(desc, [group * 4, 0, 0, column], bar, box)
         else:
-            tma.async_copy_global_to_shared(desc, [group * 64, column], bar, box)
+            box_load(desc, [group * 64, column], bar, box)
 
 
 @gluon.jit
 def copy_tokens(desc, boxes, bar, stage, first, block, BLOCK_K: gl.constexpr):
     BOXES: gl.constexpr = BLOCK_K // WIDTH
     for i in gl.static_range(BOXES):
-        tma.async_copy_global_to_shared(desc, [first, block * BLOCK_K + i * WIDTH], bar, boxes.index(stage * BOXES + i))
+        box_load(desc, [first, block * BLOCK_K + i * WIDTH], bar, boxes.index(stage * BOXES + i))
 
 
 @gluon.jit
@@ -235,10 +236,10 @@ def linear_hopper_kernel(
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], MATRIX)
     # A swizzled matrix is its column blocks of WIDTH, one after the other, each of them rows of 128 bytes: the boxes as they arrive.
     if GATED:
-        w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 4, 2, 8, WIDTH], PAIRS)
+        w_boxes = reinterpret(w_smem, dtype, [BOXES * GROUPS, 4, 2, 8, WIDTH], PAIRS)
     else:
-        w_boxes = w_smem._reinterpret(dtype, [BOXES * GROUPS, 64, WIDTH], MATRIX)
-    x_boxes = x_smem._reinterpret(dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
+        w_boxes = reinterpret(w_smem, dtype, [BOXES * GROUPS, 64, WIDTH], MATRIX)
+    x_boxes = reinterpret(x_smem, dtype, [BOXES, BLOCK_T, WIDTH], MATRIX)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for i in gl.static_range(STAGES):

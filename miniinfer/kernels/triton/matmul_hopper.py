@@ -19,6 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from miniinfer.kernels.triton.gluon_names import box_load, box_store, reinterpret
+
 BLOCK_K = gl.constexpr(64)  # inputs of a stage: 128 bytes, the swizzle's width
 PIECE = gl.constexpr(64)  # columns of a write
 MATRIX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
@@ -50,13 +52,13 @@ def copy_blocks(
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(ready.index(stage), (GROUPS * 64 + BLOCK_N) * BLOCK_K * 2)
             for i in gl.static_range(GROUPS):
-                tma.async_copy_global_to_shared(x_desc, [(row * GROUPS + i) * 64, k * BLOCK_K], ready.index(stage), a_smem.index(stage * GROUPS + i))
+                box_load(x_desc, [(row * GROUPS + i) * 64, k * BLOCK_K], ready.index(stage), a_smem.index(stage * GROUPS + i))
             for i in gl.static_range(BOXES):
                 if GATED:
                     first = column * (BLOCK_N // 2) + i % (BOXES // 2) * BOX + i // (BOXES // 2) * size_n
                 else:
                     first = column * BLOCK_N + i * BOX
-                tma.async_copy_global_to_shared(w_desc, [first, k * BLOCK_K], ready.index(stage), b_boxes.index(stage * BOXES + i))
+                box_load(w_desc, [first, k * BLOCK_K], ready.index(stage), b_boxes.index(stage * BOXES + i))
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -78,7 +80,7 @@ def write(out_desc, pieces, x, row, column, PART: gl.constexpr, SLOT: gl.constex
     tma.store_wait(1)
     piece.store(gl.convert_layout(x, layout).to(pieces.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [row, column], piece)
+    box_store(out_desc, [row, column], piece)
 
 
 @gluon.jit
@@ -145,7 +147,7 @@ def matmul_hopper_kernel(
     BOX: gl.constexpr = w_desc.block_shape[0]
     a_smem = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 64, BLOCK_K], MATRIX)
     b_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], MATRIX)
-    b_boxes = b_smem._reinterpret(dtype, [STAGES * (BLOCK_N // BOX), BOX, BLOCK_K], MATRIX)
+    b_boxes = reinterpret(b_smem, dtype, [STAGES * (BLOCK_N // BOX), BOX, BLOCK_K], MATRIX)
     pieces = gl.allocate_shared_memory(dtype, [GROUPS * 2, 64, PIECE], MATRIX)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from miniinfer.kernels.triton.gluon_names import box_load, reinterpret
 
 PAGE_SIZE = gl.constexpr(64)
 BLOCK_N = gl.constexpr(128)  # keys of a block
@@ -56,8 +58,8 @@ def copy_block(desc, boxes, ready, empty, at, row0, row1, DIM: gl.constexpr):
     mbarrier.expect(ready.index(stage), BLOCK_N * DIM * 2)
     for half in gl.static_range(HALVES):
         box = (stage * HALVES + half) * 2
-        tma.async_copy_global_to_shared(desc, [row0, half * WIDTH], ready.index(stage), boxes.index(box))
-        tma.async_copy_global_to_shared(desc, [row1, half * WIDTH], ready.index(stage), boxes.index(box + 1))
+        box_load(desc, [row0, half * WIDTH], ready.index(stage), boxes.index(box))
+        box_load(desc, [row1, half * WIDTH], ready.index(stage), boxes.index(box + 1))
 
 
 @gluon.jit
@@ -86,7 +88,7 @@ def copy_tiles(
             if COPY_Q:
                 mbarrier.expect(tile_ready.index(slot), 2 * 64 * DIM * 2)
                 for part in gl.static_range(2 * HALVES):
-                    tma.async_copy_global_to_shared(
+                    box_load(
                         q_desc, [begin + first + part // HALVES * (TILE // 2), head * GROUP, part % HALVES * WIDTH],
                         tile_ready.index(slot), q_boxes.index(slot * 2 * HALVES + part),
                     )  # fmt: skip
@@ -258,10 +260,10 @@ def prefill_hopper_kernel(
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], MATRIX)
     # A swizzled matrix is its column blocks of WIDTH, one after the other, each of them rows of 128 bytes: the boxes as they arrive.
     BOXES: gl.constexpr = STAGES * 2 * (DIM // WIDTH)
-    k_boxes = k_smem._reinterpret(dtype, [BOXES, PAGE_SIZE, WIDTH], MATRIX)
-    v_boxes = v_smem._reinterpret(dtype, [BOXES, PAGE_SIZE, WIDTH], MATRIX)
+    k_boxes = reinterpret(k_smem, dtype, [BOXES, PAGE_SIZE, WIDTH], MATRIX)
+    v_boxes = reinterpret(v_smem, dtype, [BOXES, PAGE_SIZE, WIDTH], MATRIX)
     if COPY_Q:
-        q_boxes = q_smem._reinterpret(dtype, [4 * (DIM // WIDTH), 64 // GROUP, GROUP, WIDTH], gl.NVMMASharedLayout(128, 16, 3))
+        q_boxes = reinterpret(q_smem, dtype, [4 * (DIM // WIDTH), 64 // GROUP, GROUP, WIDTH], gl.NVMMASharedLayout(128, 16, 3))
     else:
         q_boxes = q_smem
     notes = gl.allocate_shared_memory(gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
