@@ -5,7 +5,6 @@ what did not, with Triton's words."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from harness import MOE, SHAPE
+from harness import WIDE, WIDE_MOE
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -27,8 +26,6 @@ from miniinfer.kernels import triton as overlay
 from miniinfer.kernels.triton import chain_hopper, experts, hopper_launch, linear_hopper, matmul_hopper, pdl
 
 SHARED_MEMORY = 232_448  # bytes that a program can have on Hopper
-WIDE = {**SHAPE, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
-EXPERTS = {key: MOE[key] for key in ("architectures", "num_experts_per_tok", "norm_topk_prob")} | {"num_experts": 32, "moe_intermediate_size": 256}
 STEPS = [(1, 1, 1, DRAW), (2, 2, 1, FILTERED_DRAW), (48, 48, 1, DRAW), (700, 2, 512, DRAW)]  # tokens, sequences, longest query, ending
 
 
@@ -101,7 +98,7 @@ def main() -> None:
     chain_hopper.LEAST = 0  # these models' weights are smaller than those that chains and large products are for
     matmul_hopper.pays = lambda tokens, weight: tokens > 256
     run, JITFunction.run = JITFunction.run, compile_only
-    for shape in (WIDE, {**WIDE, **EXPERTS}):
+    for shape in (WIDE, WIDE_MOE):
         with tempfile.TemporaryDirectory() as folder:
             steps(shape, Path(folder))
     json.dump({"triton": triton.__version__, "compiled": compiled, "failed": failed}, sys.stdout)
@@ -109,5 +106,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -48,6 +48,9 @@ MOE = {
     "moe_intermediate_size": 64,
     "norm_topk_prob": True,
 }
+# Large enough for the kernels that are written for Hopper.
+WIDE = {**SHAPE, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+WIDE_MOE = {**MOE, **{key: WIDE[key] for key in WIDE if key != "architectures"}, "num_experts": 32, "moe_intermediate_size": 256}
 
 
 def tokenizer_json(size: int, eos: int) -> str:

@@ -89,7 +89,7 @@ class Runner:
         self.ids, self.positions, self.lengths = buffer(size), buffer(size), buffer(config.max_num_seqs + 1)
         self.slots = [buffer(size) for _ in self.kinds]
         # With --deterministic attention must not tell whether a step's other requests want all of their hidden states.
-        self._alone = None if config.deterministic else torch.arange(config.max_num_seqs + 2, dtype=torch.int32, device=device)
+        self._alone = None if config.deterministic else torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
         # Reference ops ask the device for sizes, which a capture forbids.
         graphs = device.type == "cuda" and not config.enforce_eager and ops.name == "triton"
         self.graphs = Graphs(self._step, config.max_num_seqs, graph_tokens(config, shape), self.max_length, graphs)

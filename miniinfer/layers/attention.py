@@ -31,10 +31,10 @@ class Attention(Layer):
         self.q_norm = RMSNorm(f"{name}.q_norm", config.head_dim, config.norm_eps, place) if qk_norm else None
         self.k_norm = RMSNorm(f"{name}.k_norm", config.head_dim, config.norm_eps, place) if qk_norm else None
 
-    def forward(self, x: Tensor, batch: Batch, cos_sin: Tensor, last: bool = False) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, cos_sin: Tensor, wanted: Tensor | None = None) -> Tensor:
         """[T, hidden] -> the heads' values [T, heads * head_dim], which `o` takes; cos_sin as layers/rotary.py makes it.
 
-        In the `last` layer those of batch.wanted, if not all are: of the others only keys and values are needed."""
+        Those of the tokens `wanted` alone, if there are such: of the others only keys and values are needed."""
         ops, scale = batch.ops, self.head_dim**-0.5
         q_weight = self.q_norm.weight if self.q_norm else None
         k_weight = self.k_norm.weight if self.k_norm else None
@@ -45,13 +45,13 @@ class Attention(Layer):
         else:
             (k, v), view = batch.caches[self.index], batch.kinds[self.kind]
             place = (view.page_table, batch.rows, batch.query_start, batch.lengths, scale, self.window, batch.max_query, batch.max_length)
-            if last and batch.wanted is not None:
+            if wanted is not None:
                 q = ops.rope_qkv_cache(*rope, k, v, view.slots)
                 if batch.alone is None:
-                    out = ops.paged_attention(q, k, v, *place).index_select(0, batch.wanted)
+                    out = ops.paged_attention(q, k, v, *place).index_select(0, wanted)
                 else:
                     place = (view.page_table, batch.rows, batch.alone, batch.lengths, scale, self.window, 1, batch.max_length)
-                    out = ops.paged_attention(q.index_select(0, batch.wanted), k, v, *place)
+                    out = ops.paged_attention(q.index_select(0, wanted), k, v, *place)
             elif ops.rope_paged_attention is not None:
                 out = ops.rope_paged_attention(*rope, k, v, view.slots, *place)
             else:

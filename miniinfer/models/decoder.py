@@ -32,12 +32,14 @@ class Block(Layer):
         self.mlp = mlp
         self._chain: tuple[RMSNorm, Callable[..., tuple[Tensor, Tensor] | None]] | None = None
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cos_sin: Tensor, norm: RMSNorm, last: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, cos_sin: Tensor, norm: RMSNorm, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From (the normed sum so far, the sum), each [T, hidden], to the same behind this block, normed by `norm`: the next block's, or the last.
-        The `last` block's are those of batch.wanted, if not all are."""
-        x = self.attention(x, batch, cos_sin, last)
-        if last and batch.wanted is not None:
-            residual = residual.index_select(0, batch.wanted)
+        Of the tokens `wanted` alone, if there are such."""
+        x = self.attention(x, batch, cos_sin, wanted)
+        if wanted is not None:
+            residual = residual.index_select(0, wanted)
         if self._chain is not None and self._chain[0] is norm and (both := self._chain[1](x, residual)) is not None:
             return both
         x, residual = self.attention.o.into(self.mlp_norm, x, residual, batch.ops)
@@ -91,7 +93,7 @@ class Decoder(Layer):
         blocks = self._blocks()
         x, residual = blocks[0].input_norm(self.embed(batch.ids), None, batch.ops)
         for block, norm in zip(blocks, [*(b.input_norm for b in blocks[1:]), self.norm], strict=True):
-            x, residual = block(x, residual, batch, self.cos_sin, norm, block is blocks[-1])
+            x, residual = block(x, residual, batch, self.cos_sin, norm, batch.wanted if block is blocks[-1] else None)
         return x
 
     def _blocks(self) -> list[Block]:

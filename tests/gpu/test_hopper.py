@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import MOE, SHAPE, SLIDING, VOCAB, Wanted, run
+from harness import SLIDING, VOCAB, WIDE, WIDE_MOE, Wanted, run
 
 from miniinfer.batch import Batch
 from miniinfer.config import EngineConfig
@@ -19,15 +19,14 @@ from miniinfer.kernels import REFERENCE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
 
-WIDE = {**SHAPE, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
-EXPERTS = {key: MOE[key] for key in ("architectures", "num_experts_per_tok", "norm_topk_prob")} | {"num_experts": 32, "moe_intermediate_size": 256}
+BIASED = {**WIDE, "architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 14}
 SHAPES = {
     "heads of 128": WIDE,
     "heads of 64, tied": {**WIDE, "head_dim": 64, "num_attention_heads": 16, "tie_word_embeddings": True},
-    "biases": {**WIDE, "architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 14},
-    "products in a chain": {**WIDE, "architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 14},
+    "biases": BIASED,
+    "products in a chain": BIASED,
     "window": {**WIDE, "architectures": SLIDING["architectures"], "sliding_window": 100},
-    "experts": {**WIDE, **EXPERTS},
+    "experts": WIDE_MOE,
 }
 SIZES = (1, 7, 64, 65, 150, 300, 30, 2)
 

@@ -16,22 +16,15 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from miniinfer.kernels.triton import linear_hopper, pdl
-from miniinfer.kernels.triton.decode_hopper import wait_for_kernel_before
 from miniinfer.kernels.triton.gluon_names import reinterpret, thread_barrier
-from miniinfer.kernels.triton.linear_hopper import BARRIER, MATRIX, PAIRS, ROWS, WIDTH, copy_product, fence_async, multiply_product
+from miniinfer.kernels.triton.linear_hopper import BARRIER, MATRIX, PAIRS, ROWS, WIDTH, copy_product, fence_async, multiply_product, share
 from miniinfer.kernels.triton.matmul_hopper import multiprocessors
 
 MAX_TOKENS = 16  # with more there is nothing left to gain
 LEAST = 32 << 20  # numbers in a layer's weights: with few, programs wait for each other longer than launches take
-
-
-@gluon.jit
-def share(rows):
-    """(first, end) of this program's tiles of a product with so many weight rows."""
-    tiles = gl.cdiv(rows, 64)
-    return gl.program_id(0) * tiles // gl.num_programs(0), (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
 
 
 @gluon.jit
@@ -46,16 +39,16 @@ def copy(
     pairs = (pair_boxes, x_boxes, ready, empty)
     number = gl.num_programs(0)
     start = gl.program_id(0) * 0
-    begin, end = share(hidden)
+    begin, end = share(gl.cdiv(hidden, 64))
     job = (o_desc, heads_desc, begin, end, gl.cdiv(heads, BLOCK_K), 1)
     stage, phase = copy_product(job, matrix, start, start, None, 0, BLOCK_T, BLOCK_K, STAGES, 1, False, PDL)
-    begin, end = share(inner * 2)
+    begin, end = share(gl.cdiv(inner * 2, 64))
     job = (gate_up_desc, mid_desc, begin, end, gl.cdiv(hidden, BLOCK_K), 1)
     stage, phase = copy_product(job, pairs, stage, phase, counters, number, BLOCK_T, BLOCK_K, STAGES, 1, True, PDL)
-    begin, end = share(hidden)
+    begin, end = share(gl.cdiv(hidden, 64))
     job = (down_desc, inner_desc, begin, end, gl.cdiv(inner, BLOCK_K), 1)
     stage, phase = copy_product(job, matrix, stage, phase, counters + 1, number, BLOCK_T, BLOCK_K, STAGES, 1, False, PDL)
-    begin, end = share(qkv)
+    begin, end = share(gl.cdiv(qkv, 64))
     job = (qkv_desc, next_desc, begin, end, gl.cdiv(hidden, BLOCK_K), 1)
     copy_product(job, matrix, stage, phase, counters + 2, number, BLOCK_T, BLOCK_K, STAGES, 1, False, PDL)
 
@@ -78,20 +71,20 @@ def multiply(
     heads, hidden, inner, qkv = sizes
     parts = gl.cdiv(hidden, 64)
     start = gl.program_id(0) * 0
-    wait_for_kernel_before()  # which may still use the counters, too
-    begin, end = share(hidden)
+    gdc_wait()  # which may still use the counters, too
+    begin, end = share(gl.cdiv(hidden, 64))
     args = (None, residual, mid_norm, mid_squares, mid, begin, end, gl.cdiv(heads, BLOCK_K), 1, tokens, hidden, parts, hidden, eps)
     stage, phase = multiply_product(0, args, ring, start, start, BLOCK_T, STAGES, 1, False, PARTS)
     arrive(counters)
-    begin, end = share(inner * 2)
+    begin, end = share(gl.cdiv(inner * 2, 64))
     args = (None, None, None, mid_squares, gated, begin, end, gl.cdiv(hidden, BLOCK_K), 1, tokens, inner, parts, hidden, eps)
     stage, phase = multiply_product(0, args, ring, stage, phase, BLOCK_T, STAGES, 1, True, PARTS)
     arrive(counters + 1)
-    begin, end = share(hidden)
+    begin, end = share(gl.cdiv(hidden, 64))
     args = (None, residual, next_norm, next_squares, nexts, begin, end, gl.cdiv(inner, BLOCK_K), 1, tokens, hidden, parts, hidden, eps)
     stage, phase = multiply_product(0, args, ring, stage, phase, BLOCK_T, STAGES, 1, False, PARTS)
     arrive(counters + 2)
-    begin, end = share(qkv)
+    begin, end = share(gl.cdiv(qkv, 64))
     args = (bias, None, None, next_squares, out, begin, end, gl.cdiv(hidden, BLOCK_K), 1, tokens, qkv, parts, hidden, eps)
     multiply_product(0, args, ring, stage, phase, BLOCK_T, STAGES, 1, False, PARTS)
     if gl.atomic_add(counters + 3, 1) == gl.num_programs(0) - 1:  # the last program leaves the counters as it found them

@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from miniinfer.kernels.triton.gluon_names import box_load, reinterpret, thread_barrier
 from miniinfer.kernels.triton.rope import inverse_rms, normed, rotated
@@ -26,11 +27,6 @@ PAGE_SIZE = gl.constexpr(64)
 WIDTH = gl.constexpr(64)  # numbers in a row of a copied box: 128 bytes, the swizzle's width
 NOTES = gl.constexpr(4)  # notes from the copying warp that may wait to be done with
 FIELDS = gl.constexpr(6)  # of a note: sequence or -1 for the end, kv head, first chunk, end of the chunks, token, length
-
-
-@gluon.jit
-def wait_for_kernel_before():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -173,16 +169,16 @@ def copy_pages(
                 while page_at < page_end:
                     page_at += 1
                     if not ROPE and page_at == first_page + visible:
-                        wait_for_kernel_before()  # which writes the last token's key and value
+                        gdc_wait()  # which writes the last token's key and value
                     page_row = (page * heads + head) * PAGE_SIZE
                     page = gl.load(table + page_at, mask=page_at < page_end, other=0)
                     copy_page(k_desc, boxes, ready, empty, at, page_row, DIM, STAGES)
                     copy_page(v_desc, boxes, ready, empty, at + 1, page_row, DIM, STAGES)
                     at += 2
-                wait_for_kernel_before()  # which may still use the counter
+                gdc_wait()  # which may still use the counter
                 item = gl.num_programs(0) + gl.atomic_add(counters, 1, sem="relaxed")
     write_note(notes, note_ready, note_empty, tile, -1, 0, 0, 0, 0, 0)
-    wait_for_kernel_before()
+    gdc_wait()
     if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:  # the last program leaves the counters as it found them
         gl.store(counters, 0)
         gl.store(counters + 1, 0)
@@ -255,8 +251,8 @@ def attend(
     if ROPE:
         heads_smem.store(gl.zeros([ROWS, DIM], dtype, copy))
 
-    wait_for_kernel_before()
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gdc_wait()
+    gdc_launch_dependents()
     offs = gl.arange(0, 1024, flat)
     row_size = heads * (GROUP * DIM)
     for token in range(gl.load(query_start + num_seqs) + gl.program_id(0), num_tokens, gl.num_programs(0)):  # of no sequence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -12,16 +11,6 @@ box_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 box_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 element_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # since 3.9
-
-    @gluon.jit
-    def reinterpret(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-        """The same shared memory as numbers of another type, shape or layout."""
-        return memory.reinterpret(dtype, shape, layout)
-
-else:
-
-    @gluon.jit
-    def reinterpret(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-        """The same shared memory as numbers of another type, shape or layout."""
-        return memory._reinterpret(dtype, shape, layout)
+# A method; (memory, dtype, shape, layout) -> the same shared memory, seen otherwise.
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret  # since 3.9

@@ -35,6 +35,12 @@ BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 
 @gluon.jit
+def share(tiles):
+    """(first, end) of this program's tiles."""
+    return gl.program_id(0) * tiles // gl.num_programs(0), (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
+
+
+@gluon.jit
 def fence_async():
     """Between numbers that threads write to memory and copies that read them."""
     gl.inline_asm_elementwise("fence.proxy.async; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -90,11 +96,10 @@ def copy_product(
         stage, phase = turn(stage, phase, STAGES)
     if counter is None:
         pdl.begin(PDL)
-    else:
-        if ahead > 0:
-            while gl.atomic_add(counter, 0, sem="acquire") < target:
-                pass
-            fence_async()
+    elif ahead > 0:
+        while gl.atomic_add(counter, 0, sem="acquire") < target:
+            pass
+        fence_async()
     for unit in range(first, first + ahead):
         copy_tokens(x_desc, x_boxes, ready.index(x_stage), x_stage, unit // blocks % columns * BLOCK_T, unit % blocks, BLOCK_K)
         x_stage = gl.where(x_stage == STAGES - 1, 0, x_stage + 1)
@@ -118,7 +123,7 @@ def copy(
     job, ring, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp of a program of one product."""
-    start = job[2] * 0
+    start = gl.program_id(0) * 0
     copy_product(job, ring, start, start, None, 0, BLOCK_T, BLOCK_K, STAGES, GROUPS, GATED, PDL)
 
 
@@ -213,7 +218,7 @@ def multiply(
     GROUP: gl.constexpr, args, ring, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """A group of warps of a program of one product."""
-    start = args[5] * 0
+    start = gl.program_id(0) * 0
     multiply_product(GROUP, args, ring, start, start, BLOCK_T, STAGES, GROUPS, GATED, PARTS)
 
 
@@ -247,8 +252,7 @@ def linear_hopper_kernel(
         mbarrier.init(empty.index(i), count=GROUPS)
     fence_async_shared()
 
-    begin = gl.program_id(0) * tiles // gl.num_programs(0)
-    end = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
+    begin, end = share(tiles)
     copied = (w_desc, x_desc, begin, end, blocks, columns)
     boxes = (w_boxes, x_boxes, ready, empty)
     multiplied = (bias, residual, norm, squares, out, begin, end, blocks, columns, tokens, size_n, parts, size, eps)
